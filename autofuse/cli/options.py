@@ -1,0 +1,55 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional, TypeVar
+
+import typer
+
+from autofuse.cache_db import TunedDatabase
+from autofuse.errors import BadInput
+from autofuse.ops import get_op
+from autofuse.targets import Target
+
+__all__ = ["DatabaseOption", "DeviceOption", "DtypeOption", "JsonOption", "OpOption", "OpsOption", "SeedOption"]
+__all__ += ["TargetOption", "checked_op", "choose_targets"]
+
+DatabaseOption = Annotated[
+    Optional[Path],  # noqa: UP045 (typer reads it at run time)
+    typer.Option(
+        "--database", help="The database; else $AUTOFUSE_DB, else the one in the cache folder.", metavar="PATH"
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+OpOption = Annotated[Optional[str], typer.Option("--op", help="Only this op.", metavar="OP")]  # noqa: UP045
+OpsOption = Annotated[Optional[list[str]], typer.Option("--op", help="Only this op; may be repeated.", metavar="OP")]  # noqa: UP045
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the search.")]
+TargetOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--target", help="Only this target: a kind (cuda), an arch (sm_90a), or its whole name.", metavar="TARGET"
+    ),
+]
+
+_T = TypeVar("_T")
+
+
+def checked_op(name: str | None) -> str | None:
+    """``name``, if there is such an op. Raises BadInput."""
+    return None if name is None else get_op(name).name
+
+
+def choose_targets(database: TunedDatabase, text: str | None) -> Sequence[Target | None]:
+    """The targets of ``database`` that ``text`` names; ``[None]``, any, without it. Raises BadInput."""
+    if text is None:
+        return [None]
+    known = database.targets()
+    chosen = [target for target in known if text in (target.kind, target.arch, target.device_name, str(target))]
+    if not chosen:
+        listed = ", ".join(repr(str(target)) for target in known) or "no target yet"
+        raise BadInput(f"target {text!r} is not in database {database.path}; it holds {listed}")
+    return chosen

@@ -1,0 +1,86 @@
+"""``autofuse why``: how one lookup in the database is answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from autofuse.cache_db import Snapshot, explain_lookup
+from autofuse.cli.options import DatabaseOption, DeviceOption, JsonOption
+from autofuse.cli.output import print_json
+from autofuse.errors import BadInput
+from autofuse.models import PRESETS, model_config
+from autofuse.ops import FusedOp, Problem, get_op
+from autofuse.targets import parse_device, target_of
+
+__all__ = ["why"]
+
+_MODEL = "deepseek-v3"
+
+
+def why(
+    op: Annotated[str, typer.Argument(help="The fused op.")],
+    keys: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
+        typer.Argument(help="Parameters of the problem, e.g. q_lora_rank=1536; the others are those of --model."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="T, or a range such as 2..64.")] = "1",
+    model: Annotated[str, typer.Option(help="A preset, or a path to a config.json.")] = _MODEL,
+    device: DeviceOption = "auto",
+    database: DatabaseOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say how one lookup is answered.
+
+    Would this op be fused on this machine, for this problem and T, and why? Step by step.
+
+    Example: autofuse why mla_dual_rms_norm dtype=bf16 q_lora_rank=1536 kv_lora_rank=512 --tokens 64
+    """
+    chosen = get_op(op)
+    problem = _problem(chosen, keys or [], model)
+    low, high = _range(tokens)
+    target = target_of(parse_device(device))
+    source_hash = chosen.source_hash(target.kind)
+    snapshot = Snapshot.load(database, target)
+    lines = explain_lookup(snapshot, problem, low, high, source_hash)
+    if json:
+        answer = snapshot.lookup(problem, low, high, source_hash)
+        facts = {
+            "target": target,
+            "problem": problem,
+            "tokens": [low, high],
+            "rule": answer.rule,
+            "reason": answer.reason,
+        }
+        print_json({**facts, "beats_baseline": answer.beats_baseline, "winners": answer.winners, "steps": lines})
+    else:
+        typer.echo("\n".join(lines))
+
+
+def _problem(op: FusedOp, keys: list[str], model: str) -> Problem:
+    """What ``--model`` makes of ``op`` in bf16, with some parameters replaced. Raises BadInput, UnsupportedCall."""
+    from autofuse.tuner.api import checked_problem
+
+    problems = op.model_problems(model_config(model), "bf16")
+    if not problems:
+        raise BadInput(f"model {model!r} has no use for {op.name}; the presets are {', '.join(PRESETS)}")
+    params = dict(problems[0].params)
+    for key in keys:
+        name, equals, value = key.partition("=")
+        if not equals or not value:
+            raise BadInput(f"{key!r} is not of the form name=value")
+        if name not in params:
+            raise BadInput(f"{op.name} has no parameter {name!r}; it has {', '.join(params)}")
+        if isinstance(params[name], int) and not value.isdecimal():
+            raise BadInput(f"{name}={value}: {name} is a whole number")
+        params[name] = int(value) if isinstance(params[name], int) else value
+    return checked_problem(Problem(op.name, tuple(params.items())))
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, dots, high = text.partition("..")
+    high = high if dots else low
+    if not (low.isdecimal() and high.isdecimal()) or int(low) > int(high) or int(high) >= 1 << 63:
+        raise BadInput(f"tokens {text!r} is neither a whole number nor a range such as 2..64")
+    return int(low), int(high)

@@ -1,0 +1,71 @@
+"""What a fusion is: it combines recognised blocks into one fused op."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from autofuse.graph.blocks import Block, Found
+
+__all__ = ["Fusion", "Site"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a graph where a fusion matches.
+
+    Attributes:
+        fusion: the fusion's name.
+        op: the fused op's name.
+        params: what the op makes its problem of; a tuple, so that sites can be compared.
+        tokens: T, an int or a SymInt.
+        device: where its tensors live.
+        blocks: what it replaces. Two sites never share a block.
+        refusal: why it must not be fused, though it matches; None if it may be.
+    """
+
+    fusion: str
+    op: str
+    params: tuple[tuple[str, Any], ...]
+    tokens: int | torch.SymInt
+    device: torch.device
+    blocks: tuple[Block, ...]
+    refusal: str | None
+
+    @property
+    def anchor(self) -> Node:
+        """The node that stands for the site in reports."""
+        return self.blocks[0].output
+
+    def problem_params(self) -> Mapping[str, Any]:
+        return dict(self.params)
+
+
+class Fusion(ABC):
+    """Finds the sites of one fused op in the blocks of a graph, and rewrites those that were decided.
+
+    Attributes:
+        name: its flag's name, e.g. ``fuse_mla_dual_rms_norm``.
+        op: the fused op it becomes.
+        level: the lowest level, 0 to 3, that turns it on.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[str]
+    level: ClassVar[int]
+
+    @abstractmethod
+    def match(self, found: Found) -> list[Site]:
+        """All sites, those included that must not be fused (with their refusal). Changes nothing."""
+
+    @abstractmethod
+    def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
+        """Replaces a site that is not refused by the fused op running ``plan``.
+
+        Every new node gets its ``meta["val"]``. Whatever raises does so before the graph is changed.
+        """

@@ -1,0 +1,182 @@
+"""The pass itself: recognise, match, decide, rewrite, report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+import autofuse.ops
+from autofuse.errors import UnsupportedCall
+from autofuse.graph.blocks import Found
+from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
+from autofuse.graph.fusions import FUSIONS, Fusion, Site
+from autofuse.graph.notice import logger, warn_once
+from autofuse.graph.origin import Origins
+from autofuse.graph.recognise import recognise
+from autofuse.graph.report import GraphReport, NearMissReport, SiteReport
+from autofuse.graph.settings import Settings
+from autofuse.ops import OPS
+from autofuse.targets import KINDS
+
+__all__ = ["FusionPass", "StoppedError", "sources_hash"]
+
+# PyTorch 2.12 and later tell such passes whether the graph is for inference; a user's pass may want to know.
+_AwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
+
+
+class StoppedError(Exception):
+    """Ends a compilation whose report is all that is wanted."""
+
+
+@cache
+def sources_hash() -> str:
+    """Changes with the sources of the passes, the ops and their kernels."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(autofuse.ops.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    for op in OPS.values():
+        for kind in KINDS:
+            try:
+                digest.update(f"{op.name} {kind} {op.source_hash(kind)}".encode())
+            except UnsupportedCall:
+                continue
+    return digest.hexdigest()
+
+
+class FusionPass(_AwarePass):
+    """Inductor's ``post_grad_custom_post_pass`` for one graph of Dynamo.
+
+    Args:
+        settings: the user's.
+        known: what is known of each device of the graph.
+        origins: where its nodes come from.
+        theirs: the user's own passes, which run first.
+        key_of: from this pass's identity to the report's key.
+        reported: receives a report each time the pass has run: once for a graph without subgraphs or backward.
+        ranges: of the graph's symbols, in canonical form.
+        stop: raise StoppedError after reporting.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        known: Mapping[torch.device, Knowledge],
+        origins: Origins,
+        theirs: Sequence[Callable[..., None]],
+        key_of: Callable[[str], str],
+        reported: Callable[[GraphReport], None],
+        ranges: str = "",
+        stop: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._known = dict(known)
+        self._origins = origins
+        self._theirs = tuple(theirs)
+        self._reported = reported
+        self._stop = stop
+        facts = (f"{device}={fact}" for device, fact in self._known.items())
+        # Inductor's own key does not hold the ranges of symbols, on which the choice of buckets depends.
+        self.identity = "|".join(["autofuse", sources_hash(), str(settings), ranges, *facts])
+        self.key = key_of(self.identity)
+
+    def uuid(self) -> Any | None:
+        """Covers all that the pass depends on; None, if a user's pass has none, switches Inductor's caches off."""
+        theirs = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self._theirs]
+        return None if not all(theirs) else (self.identity, *theirs)
+
+    def __call__(self, graph: Graph, is_inference: bool = True) -> None:
+        for one in self._theirs:
+            if _AwarePass is not CustomGraphPass and isinstance(one, _AwarePass):
+                one(graph, is_inference)
+            else:
+                one(graph)
+        report = self._run(graph)
+        self._reported(report)
+        if self._stop:
+            raise StoppedError
+
+    def _run(self, graph: Graph) -> GraphReport:
+        begin = time.perf_counter()
+        decider = Decider(self._settings, dict(self._known))
+        sites: list[SiteReport] = []
+        found, note = Found(), ""
+        try:
+            found = recognise(graph)
+            decided = [(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)]
+        except Exception as error:  # a user's compilation must not end for want of a fusion
+            note = _failure("leaves a graph as it is", error)
+            decided = []
+        # What the reports say of a site is read before the rewrite erases its nodes.
+        sites = [self._site_report(site, decision) for _, site, decision in decided]
+        near_misses = tuple(self._near_miss_reports(found))
+        for index, (fusion, site, decision) in enumerate(decided):
+            if decision.plan is not None and (why := _rewrite(graph, fusion, site, str(decision.plan))) is not None:
+                sites[index] = self._site_report(site, Decision(None, "refused", why, decision.problem))
+        decider.remember_untuned()
+        return GraphReport(
+            key=self.key,
+            settings=str(self._settings),
+            sites=tuple(sites),
+            near_misses=near_misses,
+            pass_seconds=time.perf_counter() - begin - decider.kernel_seconds,
+            kernel_seconds=decider.kernel_seconds,
+            note=note,
+        )
+
+    def _site_report(self, site: Site, decision: Decision) -> SiteReport:
+        plan = decision.plan
+        return SiteReport(
+            fusion=site.fusion,
+            op=site.op,
+            problem=str(decision.problem or ""),
+            where=self._origins.module(node for block in site.blocks for node in block.nodes),
+            source=self._origins.source([block.output for block in site.blocks]),
+            device=str(site.device),
+            tokens=describe_tokens(site.tokens),
+            fused=plan is not None,
+            plan=plan.name if plan else "",
+            plan_text=str(plan or ""),
+            rule=decision.rule,
+            reason=decision.reason,
+            gain=decision.gain,
+            gain_low=decision.gain_low,
+        )
+
+    def _near_miss_reports(self, found: Found) -> list[NearMissReport]:
+        return [
+            NearMissReport(
+                block=miss.block,
+                where=self._origins.module([miss.node]),
+                source=self._origins.source([miss.node]),
+                node=str(miss.node),
+                reason=miss.reason,
+            )
+            for miss in found.near_misses
+        ]
+
+
+def _rewrite(graph: Graph, fusion: Fusion, site: Site, plan: str) -> str | None:
+    """Rewrites one site; the reason if that is not possible, in which case the graph is as it was."""
+    try:
+        fusion.rewrite(graph, site, plan)
+    except Exception as error:  # as above
+        return _failure(f"leaves a site of {site.op} as it is", error)
+    return None
+
+
+def _failure(what: str, error: Exception) -> str:
+    text = f"autofuse {what}: {type(error).__name__}: {' '.join(str(error).split())}"
+    logger.debug(text, exc_info=error)
+    warn_once(text)
+    return text

@@ -1,0 +1,93 @@
+"""Keeps reports beside Inductor's cache: a graph that is loaded from there runs no pass that could report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from autofuse.graph.notice import logger
+from autofuse.graph.report import GraphReport
+from autofuse.paths import cache_folder
+
+__all__ = ["KEPT_IN_MEMORY", "ReportStore", "last_reports", "report_key", "store", "symbol_ranges"]
+
+KEPT_IN_MEMORY = 256  # reports
+
+
+class ReportStore:
+    """Reports in ``reports/<key>.json`` of the cache folder, and the latest of this process in memory."""
+
+    def __init__(self) -> None:
+        self._latest: deque[GraphReport] = deque(maxlen=KEPT_IN_MEMORY)
+
+    def latest(self) -> list[GraphReport]:
+        return list(self._latest)
+
+    def remember(self, report: GraphReport) -> None:
+        """Keeps ``report`` in memory; a later one of the same key, from one compilation, takes its place."""
+        for index, other in enumerate(self._latest):
+            if other.key == report.key:
+                del self._latest[index]
+                break
+        self._latest.append(report)
+
+    def save(self, report: GraphReport) -> None:
+        """Writes ``report`` for other processes; a failure is logged and nothing else."""
+        path = cache_folder() / "reports" / f"{report.key}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(report.to_json())
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            logger.info("report %s cannot be kept: %s", path, error)
+
+    def load(self, key: str) -> GraphReport | None:
+        """The report kept under ``key``; None if there is none that can be read."""
+        try:
+            return GraphReport.from_json((cache_folder() / "reports" / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.info("no report for %s: %s", key, error)
+            return None
+
+
+store = ReportStore()
+
+
+def last_reports() -> list[GraphReport]:
+    """What the backend reported in this process, the latest last: one report per graph and settings."""
+    return store.latest()
+
+
+def report_key(gm: GraphModule, example_inputs: Sequence[Any], uuid: str) -> str:
+    """Stands for a graph of Dynamo, what goes into it, and all that the pass depends on."""
+    content = [gm.code, uuid, *(_describe(value) for value in example_inputs)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
+
+
+def symbol_ranges(example_inputs: Sequence[Any]) -> str:
+    """The symbols among the inputs of a graph and what each may be, e.g. ``s77 in [2, int_oo]``."""
+    symbols = {
+        f"{value.node.expr} in {value.node.shape_env.bound_sympy(value.node.expr)}"
+        for value in example_inputs
+        if isinstance(value, torch.SymInt)
+    }
+    return ",".join(sorted(symbols))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}{value.requires_grad}"
+    return f"{type(value).__name__}={value}"

@@ -1,0 +1,38 @@
+"""The fused ops. To add one: a file here, its kernel sources, its line below."""
+
+from __future__ import annotations
+
+import difflib
+
+from autofuse.errors import BadInput
+from autofuse.ops.base import FusedOp, KernelSource, Tolerance
+from autofuse.ops.binding import Binding, LaunchShape
+from autofuse.ops.mla_dual_rms_norm import MlaDualRmsNorm
+from autofuse.ops.problem import Config, Problem
+from autofuse.ops.space import Constraint, SearchSpace, Tunable
+
+__all__ = [
+    "OPS",
+    "Binding",
+    "Config",
+    "Constraint",
+    "FusedOp",
+    "KernelSource",
+    "LaunchShape",
+    "Problem",
+    "SearchSpace",
+    "Tolerance",
+    "Tunable",
+    "get_op",
+]
+
+OPS: dict[str, FusedOp] = {op.name: op for op in (MlaDualRmsNorm(),)}
+
+
+def get_op(name: str) -> FusedOp:
+    """The fused op of that name. Raises BadInput."""
+    if name not in OPS:
+        close = difflib.get_close_matches(name, OPS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BadInput(f"there is no op {name!r}{hint} The ops are: {', '.join(OPS)}")
+    return OPS[name]

@@ -1,0 +1,165 @@
+"""FusedOp: all that autofuse needs to know of one fused operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from autofuse.errors import UnsupportedCall
+from autofuse.kernels_src import source_hash
+from autofuse.ops.binding import Binding, LaunchShape
+from autofuse.ops.problem import Config, Problem
+from autofuse.ops.space import SearchSpace
+from autofuse.targets import KernelSpec
+
+__all__ = ["DTYPES", "FusedOp", "KernelSource", "Tolerance", "dtype_name"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bf16``, ``fp16`` or ``fp32``. Raises UnsupportedCall."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise UnsupportedCall(f"dtype {dtype} is none of {', '.join(map(str, _NAMES))}") from None
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel for one kind of target.
+
+    Attributes:
+        file: in ``kernels_src``.
+        space: its tunables.
+        default: what runs where nobody has tuned: sound everywhere, best nowhere.
+    """
+
+    file: str
+    space: SearchSpace
+    default: Callable[[Problem, int], Config]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|out - reference| ≤ absolute + relative · |reference|, elementwise, the reference computed in fp64."""
+
+    relative: float
+    absolute: float
+
+    def error(self, out: torch.Tensor, reference: torch.Tensor) -> float:
+        """The largest difference in units of what is allowed; infinite for NaN where the reference has none."""
+        if out.numel() == 0:
+            return 0.0
+        reference = reference.double()
+        excess = (out.double() - reference).abs() / (self.absolute + self.relative * reference.abs())
+        worst = excess.max().item()
+        return worst if worst == worst else float("inf")
+
+
+class FusedOp(ABC):
+    """One fused operator: its schema, meaning, problem, kernels and costs.
+
+    A subclass in a file of its own, listed in ``autofuse.ops.OPS``, and its kernel sources are a whole op: the
+    registration with PyTorch, dispatch, tuner, database and command line work from what is declared here.
+
+    ``args`` below are the op's arguments in the schema's order, without ``plan``.
+    """
+
+    name: ClassVar[str]
+    schema: ClassVar[str]
+    """PyTorch's schema of arguments and results. The last argument is ``str plan=""``."""
+    kernels: ClassVar[Mapping[str, KernelSource]]
+    """Kind of target → its kernel."""
+
+    # ---- meaning ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The op in plain PyTorch: the unfused baseline, and the fallback for whatever no kernel handles."""
+
+    @abstractmethod
+    def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The op computed in fp64, with the roundings that its semantics ask for: what kernels are checked against."""
+
+    @abstractmethod
+    def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Results' shapes, dtypes and strides, for tracing."""
+
+    @abstractmethod
+    def tolerance(self, problem: Problem) -> Tolerance:
+        """How far a kernel may be from ``exact``, with the reason for the numbers."""
+
+    # ---- problem ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_problem(self, **params: Any) -> Problem:
+        """The problem with these parameters. Raises UnsupportedCall if there are no kernels for it."""
+
+    @abstractmethod
+    def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
+        """The problems that a model makes of this op, from its Hugging Face config; none if it has no use for it."""
+
+    @abstractmethod
+    def problem_of(self, *args: Any) -> Problem:
+        """The problem of a call. Raises UnsupportedCall, BadInput (arguments that make no sense together)."""
+
+    @abstractmethod
+    def example_args(self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        """Random arguments as a model would make them, strided views included."""
+
+    @abstractmethod
+    def bytes_moved(self, problem: Problem, tokens: int) -> int:
+        """The fewest bytes that must cross memory: each input read once, each output written once."""
+
+    # ---- kernels ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        """What to compile for a config."""
+
+    @abstractmethod
+    def binding(self, problem: Problem) -> Binding:
+        """How a call of this problem becomes a launch."""
+
+    @abstractmethod
+    def launch_shape(self, config: Config) -> LaunchShape:
+        """The grid of a config, and the alignment it needs."""
+
+    def sweep_problems(self) -> Sequence[Problem]:
+        """Small problems, ragged ones among them, that together reach every path of the kernels."""
+        return ()
+
+    @property
+    def schema_without_plan(self) -> str:
+        """The schema of the same op, but that it takes no plan."""
+        return self.schema.replace(', str plan=""', "")
+
+    @property
+    def result_count(self) -> int:
+        """How many tensors the op returns."""
+        return len(torch._C.parse_schema(self.name + self.schema).returns)
+
+    def split_plan(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
+        """A call's arguments without the plan, and the plan; PyTorch leaves out trailing arguments that are defaults."""
+        count = len(torch._C.parse_schema(self.name + self.schema).arguments) - 1
+        return tuple(args[:count]), args[count] if len(args) > count else ""
+
+    def source_hash(self, kind: str) -> str:
+        """Changes with the kernel's source. Raises UnsupportedCall if there is no kernel for ``kind``."""
+        return source_hash(self.kernel_source(kind).file)
+
+    def kernel_source(self, kind: str) -> KernelSource:
+        """The kernel for a kind of target. Raises UnsupportedCall."""
+        if kind not in self.kernels:
+            raise UnsupportedCall(f"{self.name} has no kernel for {kind}; it has for {', '.join(self.kernels)}")
+        return self.kernels[kind]
+
+    def default_config(self, kind: str, problem: Problem, tokens: int) -> Config:
+        """The config that runs where nobody has tuned."""
+        return self.kernel_source(kind).default(problem, tokens)

@@ -1,0 +1,156 @@
+"""Binding: how a call of a fused op becomes a launch, as data.
+
+It says which arguments a kernel accepts, where each field of the kernel's parameter struct comes from, and which results
+are allocated. Python and the native dispatcher carry out the same binding, so an op declares it once and no op has a fast
+path of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+__all__ = ["Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """A tensor that a kernel accepts: strided any way, but its last dimension is contiguous.
+
+    Attributes:
+        index: its place among the op's arguments.
+        sizes: None stands for T, the number of tokens.
+    """
+
+    index: int
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contiguous tensor to allocate, on the device of the first tensor argument."""
+
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+
+
+class FieldKind(IntEnum):
+    """Where a field of the kernel's parameter struct comes from. The numbers are part of the native dispatcher's ABI."""
+
+    POINTER = 0
+    """The data of argument ``index``."""
+    RESULT = 1
+    """The data of result ``index``."""
+    STRIDE = 2
+    """The stride of argument ``index`` in dimension ``dim``, in elements."""
+    TOKENS = 3
+    FLOAT = 4
+    """Argument ``index``, a float."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the kernel's parameter struct."""
+
+    kind: FieldKind
+    index: int = 0
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """What of a launch depends on the config.
+
+    Attributes:
+        tokens_per_block: the grid has ceil(T / tokens_per_block) × blocks_per_group blocks.
+        align: bytes; every address, and every stride that is stepped over, must be a multiple.
+    """
+
+    tokens_per_block: int = 1
+    blocks_per_group: int = 1
+    align: int = 1
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.tokens_per_block) * self.blocks_per_group
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How calls of one problem are launched.
+
+    Attributes:
+        tensors: the tensor arguments, the first of which has T in its sizes.
+        constants: (index, value) of arguments that are compiled into the kernel.
+        fields: the kernel's parameter struct, in order.
+        params_format: that struct in the ``struct`` module's notation, one code per field.
+        results: in the op's order.
+    """
+
+    tensors: tuple[TensorArg, ...]
+    constants: tuple[tuple[int, bool | int], ...]
+    fields: tuple[Field, ...]
+    params_format: str
+    results: tuple[Result, ...]
+
+    def tokens(self, args: Sequence[Any]) -> int:
+        """T of a call that is accepted."""
+        first = self.tensors[0]
+        return args[first.index].shape[first.sizes.index(None)]
+
+    def accepts(self, args: Sequence[Any]) -> bool:
+        """Whether the call is of this binding's problem, all its tensors on one device."""
+        if any(args[index] != value for index, value in self.constants):
+            return False
+        first = args[self.tensors[0].index]
+        if first.dim() != len(self.tensors[0].sizes):
+            return False
+        tokens, device = self.tokens(args), first.device
+        for tensor in self.tensors:
+            arg = args[tensor.index]
+            if arg.dtype != tensor.dtype or arg.device != device or arg.dim() != len(tensor.sizes):
+                return False
+            if any(size != (tokens if wanted is None else wanted) for size, wanted in zip(arg.shape, tensor.sizes, strict=True)):
+                return False
+        return True
+
+    def launchable(self, args: Sequence[Any], align: int) -> bool:
+        """Whether the strides and addresses of an accepted call suit a kernel that needs ``align``."""
+        for tensor in self.tensors:
+            arg = args[tensor.index]
+            if arg.data_ptr() % align:
+                return False
+            *outer, last = zip(arg.shape, arg.stride(), strict=True)
+            if last[0] > 1 and last[1] != 1:
+                return False
+            if any(size > 1 and stride * arg.element_size() % align for size, stride in outer):
+                return False
+        return True
+
+    def allocate(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """The results, uninitialised."""
+        tokens, device = self.tokens(args), args[self.tensors[0].index].device
+        return tuple(
+            torch.empty([tokens if size is None else size for size in result.sizes], dtype=result.dtype, device=device)
+            for result in self.results
+        )
+
+    def params(self, args: Sequence[Any], results: Sequence[torch.Tensor]) -> list[int | float]:
+        """The kernel's parameters, in order."""
+        values: list[int | float] = []
+        for field in self.fields:
+            if field.kind is FieldKind.POINTER:
+                values.append(args[field.index].data_ptr())
+            elif field.kind is FieldKind.RESULT:
+                values.append(results[field.index].data_ptr())
+            elif field.kind is FieldKind.STRIDE:
+                values.append(args[field.index].stride(field.dim))
+            elif field.kind is FieldKind.TOKENS:
+                values.append(self.tokens(args))
+            else:
+                values.append(args[field.index])
+        return values

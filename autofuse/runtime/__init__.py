@@ -1,0 +1,1 @@
+"""What runs when a fused op is called."""

@@ -1,0 +1,63 @@
+"""Plan: what one fused node of a compiled graph runs."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cached_property
+
+from autofuse.errors import BadInput
+from autofuse.ops.problem import Config, Problem
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config for every tuned bucket of one problem on one arch: all that a fused node needs at run time.
+
+    It travels as text in the graph itself, so a graph that Inductor's cache hands to another process runs the same
+    kernels, whatever has become of the database.
+
+    Attributes:
+        arch: what the configs were tuned for, e.g. ``sm_90a``.
+        problem: the call the configs are for.
+        buckets: (tokens, config), ascending. A call of T tokens runs the config of the smallest bucket ≥ T, or the
+            largest bucket.
+
+    Example:
+        >>> plan = Plan.parse("sm_90a|mla_dual_rms_norm(dtype=bf16)|64:ROWS=1|2048:ROWS=4")
+        >>> str(plan.config_for(65))
+        'ROWS=4'
+    """
+
+    arch: str
+    problem: Problem
+    buckets: tuple[tuple[int, Config], ...]
+
+    def __str__(self) -> str:
+        return "|".join([self.arch, str(self.problem), *(f"{tokens}:{config}" for tokens, config in self.buckets)])
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Reads the canonical form back. Raises BadInput."""
+        arch, *rest = text.split("|")
+        if not arch or len(rest) < 2:
+            raise BadInput(f"plan {text!r} is not of the form arch|problem|tokens:config|...")
+        buckets = []
+        for bucket in rest[1:]:
+            tokens, colon, config = bucket.partition(":")
+            if not colon or not tokens.isdecimal() or (buckets and int(tokens) <= buckets[-1][0]):
+                raise BadInput(f"plan {text!r}: {bucket!r} is not tokens:config with ascending tokens")
+            buckets.append((int(tokens), Config.parse(config)))
+        return cls(arch, Problem.parse(rest[0]), tuple(buckets))
+
+    @cached_property
+    def name(self) -> str:
+        """Ten hexadecimal digits of the plan's content, by which reports name it."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:10]
+
+    def config_for(self, tokens: int) -> Config:
+        index = bisect_left(self.buckets, tokens, key=lambda bucket: bucket[0])
+        return self.buckets[min(index, len(self.buckets) - 1)][1]

@@ -1,0 +1,44 @@
+"""The tuned-config database: what was measured, on which target, and what a compiler may conclude from it.
+
+``TunedDatabase`` is the SQLite file: ``Trial``, ``Baseline``, ``Winner`` and ``Captured`` records go in and come out.
+``Snapshot`` is one target's winners in memory; its ``lookup`` says which answer for a call, by which rule, and why.
+``export_database`` and ``import_into`` carry measurements between machines. Anything wrong with a file is one
+DatabaseError that names it and says what to do.
+"""
+
+from autofuse.cache_db.exchange import ExportSummary, ImportSummary, export_database, import_into
+from autofuse.cache_db.faults import AbsentDatabaseError
+from autofuse.cache_db.files import default_path
+from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
+from autofuse.cache_db.records import (
+    BASELINE_KINDS,
+    TRIAL_STATUSES,
+    Baseline,
+    Captured,
+    Trial,
+    Winner,
+    winners_digest,
+)
+from autofuse.cache_db.store import Provenance, TunedDatabase
+
+__all__ = [
+    "BASELINE_KINDS",
+    "LOOKUP_RULES",
+    "TRIAL_STATUSES",
+    "AbsentDatabaseError",
+    "Baseline",
+    "Captured",
+    "ExportSummary",
+    "ImportSummary",
+    "Lookup",
+    "Provenance",
+    "Snapshot",
+    "Trial",
+    "TunedDatabase",
+    "Winner",
+    "default_path",
+    "explain_lookup",
+    "export_database",
+    "import_into",
+    "winners_digest",
+]

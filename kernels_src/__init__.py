@@ -1,0 +1,42 @@
+"""Kernel sources: plain C++ files with ``-D`` tunables, and the headers they share.
+
+What an editor shows is what is compiled: nothing is generated or templated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import cache
+from pathlib import Path
+
+__all__ = ["FOLDER", "source_hash", "sources"]
+
+FOLDER = Path(__file__).resolve().parent
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+@cache
+def sources(name: str) -> dict[str, str]:
+    """The text of ``name`` and of every header of ours that it includes, by file name; ``name`` comes first.
+
+    Raises FileNotFoundError.
+    """
+    texts: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        file = waiting.pop(0)
+        if file not in texts:
+            texts[file] = (FOLDER / file).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(texts[file])
+    return texts
+
+
+@cache
+def source_hash(name: str) -> str:
+    """Sixteen hexadecimal digits that change whenever ``name`` or a header it includes changes."""
+    digest = hashlib.sha256()
+    for file, text in sources(name).items():
+        digest.update(f"{file}\0{text}\0".encode())
+    return digest.hexdigest()[:16]

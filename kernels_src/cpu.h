@@ -1,0 +1,89 @@
+// What every CPU kernel here shares: element types and explicit SIMD vectors, through GCC's and Clang's vector extensions
+// (no intrinsics, so any architecture that those compilers know will do).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef VECTOR_BYTES
+#define VECTOR_BYTES 32
+#endif
+
+constexpr int LANES = VECTOR_BYTES / 4;  // floats per vector
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+typedef float fp32;
+
+// Element<E>: LANES consecutive elements as floats, and back, rounded to nearest even.
+template <typename E>
+struct Element;
+
+template <>
+struct Element<fp32> {
+    static inline Floats load(const float* from) {
+        Floats values;
+        memcpy(&values, from, sizeof values);
+        return values;
+    }
+    static inline void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
+    static inline Floats round(Floats values) { return values; }
+};
+
+template <>
+struct Element<bf16> {
+    static inline Floats widen(Words bits) {
+        bits <<= 16;
+        Floats values;
+        memcpy(&values, &bits, sizeof values);
+        return values;
+    }
+    static inline Words narrow(Floats values) {
+        Words bits;
+        memcpy(&bits, &values, sizeof bits);
+        const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const Words is_nan = (Words)((Ints)((bits & 0x7fffffffu) > 0x7f800000u));
+        return (is_nan & 0x7fffu) | (~is_nan & rounded);
+    }
+    static inline Floats load(const bf16* from) {
+        Halves bits;
+        memcpy(&bits, from, sizeof bits);
+        return widen(__builtin_convertvector(bits, Words));
+    }
+    static inline void store(bf16* to, Floats values) {
+        const Halves bits = __builtin_convertvector(narrow(values), Halves);
+        memcpy(to, &bits, sizeof bits);
+    }
+    static inline Floats round(Floats values) { return widen(narrow(values)); }
+};
+
+template <>
+struct Element<fp16> {
+    typedef _Float16 Packed __attribute__((vector_size(VECTOR_BYTES / 2)));
+    static inline Floats load(const fp16* from) {
+        Packed packed;
+        memcpy(&packed, from, sizeof packed);
+        return __builtin_convertvector(packed, Floats);
+    }
+    static inline void store(fp16* to, Floats values) {
+        const Packed packed = __builtin_convertvector(values, Packed);
+        memcpy(to, &packed, sizeof packed);
+    }
+    static inline Floats round(Floats values) { return __builtin_convertvector(__builtin_convertvector(values, Packed), Floats); }
+};
+
+static inline float sum_of(Floats values) {
+    float sum = 0.f;
+    for (int i = 0; i < LANES; ++i) sum += values[i];
+    return sum;
+}

@@ -1,0 +1,94 @@
+"""What every test may rely on: a cache folder and a database of its own, and small budgets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import autofuse.kernels_src
+import autofuse.targets.cpu
+from autofuse.tuner.budgets import Effort
+
+# Compiled kernels are shared by all tests of a run; nothing of a user's is read or written.
+_CACHE = Path(tempfile.mkdtemp(prefix="autofuse-tests-"))
+os.environ["XDG_CACHE_HOME"] = str(_CACHE)
+os.environ["AUTOFUSE_DB"] = str(_CACHE / "tuned.db")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and not torch.version.hip:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def database_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default database of this test alone; not there yet."""
+    path = tmp_path / "tuned.db"
+    monkeypatch.setenv("AUTOFUSE_DB", str(path))
+    return path
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each kind of device that there are kernels for; those that are not here are skipped."""
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def tiny() -> Effort:
+    """Budgets that end within seconds and measure nothing well."""
+    return Effort(
+        exhaustive_up_to=4,
+        trials=4,
+        startup_trials=2,
+        batch=2,
+        trial_rounds=2,
+        finalists=2,
+        final_rounds=4,
+        round_us=50.0,
+        cpu_round_us=50.0,
+        warmup_rounds=1,
+        ring_bytes=1,
+        verify_seeds=1,
+    )
+
+
+@pytest.fixture
+def edit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """A function (file, old, new) that edits a kernel source, for this test alone.
+
+    The dispatcher keeps what it has loaded: use a problem that no other test uses.
+    """
+    folder = tmp_path / "kernels_src"
+    shutil.copytree(autofuse.kernels_src.FOLDER, folder)
+    cached = (autofuse.kernels_src.sources, autofuse.kernels_src.source_hash)
+
+    def forget() -> None:
+        for function in cached:
+            function.cache_clear()
+
+    def edit(file: str, old: str, new: str) -> None:
+        text = (folder / file).read_text(encoding="utf-8")
+        assert old in text, f"{file} has no {old!r}"
+        (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+        forget()
+
+    monkeypatch.setattr(autofuse.kernels_src, "FOLDER", folder)
+    monkeypatch.setattr(autofuse.targets.cpu, "FOLDER", folder)
+    forget()
+    yield edit
+    monkeypatch.undo()
+    forget()

@@ -1,0 +1,128 @@
+"""Which winner answers for which number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autofuse.cache_db import Snapshot, TunedDatabase, Winner, explain_lookup
+from autofuse.errors import BadInput
+from autofuse.ops.problem import Config, Problem
+from autofuse.targets.base import Target
+
+H200 = Target("cuda", "sm_90a", "NVIDIA H200")
+PROBLEM = Problem("mla_dual_rms_norm", (("dtype", "bf16"), ("q_lora_rank", 1536)))
+
+
+def winner(tokens: int, **changes: Any) -> Winner:
+    made = Winner(H200, PROBLEM, tokens, Config.of(ROWS=1), "abc", 1.03, 0.02, "compile", 2.15, 2.09, 2.01, 2.16)
+    return replace(made, **changes)
+
+
+def snapshot(*winners: Winner) -> Snapshot:
+    return Snapshot(Path("tuned.db"), True, H200, winners)
+
+
+TUNED = snapshot(winner(1), winner(64), winner(2048))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rule", "answering"),
+    [
+        (64, "exact", [64]),
+        (2048, "exact", [2048]),
+        (65, "between", [2048, 64]),
+        (63, "between", [64, 1]),
+        (2049, "nearest", [2048]),
+        (0, "nearest", [1]),
+    ],
+)
+def test_a_static_call(tokens: int, rule: str, answering: list[int]) -> None:
+    answer = TUNED.lookup(PROBLEM, tokens, tokens, "abc")
+    assert (answer.rule, [known.tokens for known in answer.winners]) == (rule, answering)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answering"),
+    [
+        (2, 64, [64]),
+        (1, 64, [1, 64]),
+        (64, 65, [64, 2048]),
+        (65, 2048, [2048]),
+        (2049, 9999, [2048]),
+        (0, 2**62, [1, 64, 2048]),
+    ],
+)
+def test_a_range_is_answered_by_every_bucket_that_serves_it(low: int, high: int, answering: list[int]) -> None:
+    answer = TUNED.lookup(PROBLEM, low, high, "abc")
+    assert (answer.rule, [known.tokens for known in answer.winners]) == ("range", answering)
+
+
+def test_the_reason_is_a_sentence_with_the_figures() -> None:
+    assert TUNED.lookup(PROBLEM, 64, 64, "abc").reason == (
+        "tuned at T=64 on cuda:sm_90a:NVIDIA H200: 1.03 µs against 2.15 µs (compile), 2.09×"
+    )
+
+
+def test_between_two_buckets_both_must_beat_their_baselines() -> None:
+    noisy = snapshot(winner(1, gain=1.02, gain_low=0.98, gain_high=1.06), winner(64))
+    assert noisy.lookup(PROBLEM, 64, 64, "abc").beats_baseline
+    answer = noisy.lookup(PROBLEM, 8, 8, "abc")
+    assert not answer.beats_baseline
+    assert "not faster beyond the noise (0.98–1.06×)" in answer.reason
+
+
+def test_winners_of_another_kernel_version_are_passed_over() -> None:
+    mixed = snapshot(winner(1, source_hash="old"), winner(64))
+    assert [known.tokens for known in mixed.buckets(PROBLEM, "abc")] == [64]
+    assert mixed.lookup(PROBLEM, 1, 1, "abc").rule == "nearest"
+
+
+def test_only_stale_winners_ask_for_tuning_again() -> None:
+    answer = TUNED.lookup(PROBLEM, 64, 64, "def")
+    assert (answer.rule, answer.winners, answer.beats_baseline) == ("stale", (), False)
+    assert "T=1, 64, 2048" in answer.reason
+    assert "`autofuse tune` again" in answer.reason
+
+
+def test_an_unknown_problem_is_named() -> None:
+    other = replace(PROBLEM, op="rope_kv_cache")
+    answer = TUNED.lookup(other, 64, 64, "abc")
+    assert (answer.rule, answer.winners) == ("untuned", ())
+    assert answer.reason == f"{other} was never tuned on {H200}: run `autofuse tune`"
+
+
+def test_a_range_that_is_none_is_refused() -> None:
+    with pytest.raises(BadInput, match="not a range"):
+        TUNED.lookup(PROBLEM, 64, 1, "abc")
+
+
+def test_an_absent_database_is_an_empty_snapshot(tmp_path: Path) -> None:
+    absent = Snapshot.load(tmp_path / "tuned.db", H200)
+    assert (absent.present, absent.winners) == (False, ())
+    assert absent.digest == snapshot().digest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_outlives_its_database(tmp_path: Path) -> None:
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        database.record_winner(winner(64))
+        expected = database.digest(H200)
+    loaded = Snapshot.load(tmp_path / "tuned.db", H200)
+    (tmp_path / "tuned.db").unlink()
+    assert loaded.lookup(PROBLEM, 64, 64, "abc").rule == "exact"
+    assert loaded.digest == expected
+
+
+def test_why_is_told_step_by_step() -> None:
+    noisy = winner(2048, gain=1.01, gain_low=0.97, gain_high=1.05)
+    told = "\n".join(
+        explain_lookup(snapshot(winner(64), noisy, winner(1, source_hash="old")), PROBLEM, 100, 100, "abc")
+    )
+    for step in ("tuned.db", str(H200), str(PROBLEM), "tuned: T=64, 2048", "stale: T=1", "rule: between"):
+        assert step in told
+    assert "T=2048 does not beat compile by more than the noise: 1.01×, 95 % between 0.970× and 1.050×" in told
+    assert told.endswith("faster here: no")

@@ -1,0 +1,242 @@
+"""A site is fused where the database says that it is faster, and the reason is told in either case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, isolate, without_code_generation
+
+from autofuse.cache_db import TunedDatabase, Winner, default_path
+from autofuse.errors import BadInput
+from autofuse.graph import notice
+from autofuse.graph.decide import ANY_TOKENS, Decider, Knowledge, token_range
+from autofuse.graph.fusions import FUSIONS, Site
+from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
+from autofuse.graph.report import GraphReport, NearMissReport, SiteReport
+from autofuse.graph.report_store import last_reports
+from autofuse.graph.settings import LEVELS, Settings
+from autofuse.ops import get_op
+from autofuse.runtime.plan import Plan
+from autofuse.targets import target_of
+
+CPU = torch.device("cpu")
+PROBLEM = get_op("mla_dual_rms_norm").make_problem(
+    dtype="bf16", q_lora_rank=Q_RANK, kv_lora_rank=KV_RANK, cast_before_weight=True
+)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch, tmp_path, tmp_path_factory):
+    isolate(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "cache")
+    notice.warn_once.cache_clear()
+
+
+def winner(tokens, gain, source_hash=None):
+    op = get_op("mla_dual_rms_norm")
+    return Winner(
+        target=target_of(CPU),
+        problem=PROBLEM,
+        tokens=tokens,
+        config=op.default_config("cpu", PROBLEM, tokens),
+        source_hash=source_hash or op.source_hash("cpu"),
+        time_us=10.0,
+        spread_us=0.1,
+        baseline="compile",
+        baseline_us=10.0 * gain,
+        gain=gain,
+        gain_low=gain - 0.05,
+        gain_high=gain + 0.05,
+    )
+
+
+def tuned(*winners):
+    with TunedDatabase(default_path()) as database:
+        for one in winners:
+            database.record_winner(one)
+
+
+def decide(tokens, options=None, refusal=None, tune=None, **changes):
+    """The decision on a site of ``tokens`` tokens."""
+    settings, _ = Settings.parse(options)
+    params = {"dtype": torch.bfloat16, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "cast_before_weight": True}
+    site = Site(
+        fusion="fuse_mla_dual_rms_norm",
+        op="mla_dual_rms_norm",
+        params=tuple({**params, **changes}.items()),
+        tokens=tokens,
+        device=CPU,
+        blocks=(),
+        refusal=refusal,
+    )
+    decider = Decider(settings, {CPU: Knowledge.of(CPU, settings)}, *([tune] if tune else []))
+    decision = decider.decide(MlaDualRMSNorm(), site)
+    decider.remember_untuned()
+    return decision
+
+
+def buckets(decision):
+    return [tokens for tokens, _ in decision.plan.buckets]
+
+
+def symbolic(low=None, high=None):
+    """T of a graph whose first dimension was marked dynamic."""
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append(next(size for size in inputs if isinstance(size, torch.SymInt)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    x = torch.zeros(8, 3)
+    torch._dynamo.mark_dynamic(x, 0, min=low, max=high)
+    torch.compile(lambda x: x + 1, backend=backend)(x)
+    return seen[0]
+
+
+def test_static_tokens_run_the_winner_of_their_bucket():
+    tuned(winner(16, 1.5), winner(64, 1.2))
+    decision = decide(16)
+    assert (decision.rule, buckets(decision), decision.gain) == ("exact", [16], 1.5)
+
+
+def test_between_two_buckets_both_must_be_faster():
+    tuned(winner(16, 1.5), winner(64, 1.2), winner(256, 0.9))
+    assert buckets(decide(32)) == [64]
+    slower = decide(128)
+    assert (slower.plan, slower.rule) == (None, "between")
+    assert "not faster beyond the noise" in slower.reason
+
+
+def test_a_gain_within_the_noise_is_none():
+    tuned(winner(16, 1.04))
+    assert decide(16).plan is None
+
+
+def test_a_range_of_tokens_takes_all_buckets_that_serve_it():
+    tuned(winner(1, 1.5), winner(16, 1.4), winner(64, 1.2))
+    assert buckets(decide(symbolic(low=2, high=20))) == [16, 64]
+    assert buckets(decide(symbolic())) == [16, 64]
+    tuned(winner(64, 0.9))
+    assert decide(symbolic()).plan is None
+    assert buckets(decide(symbolic(low=2, high=16))) == [16]
+
+
+def test_the_range_comes_from_the_bounds_of_the_symbol():
+    assert token_range(7) == (7, 7)
+    assert token_range(symbolic(low=4, high=100)) == (4, 100)
+    low, high = token_range(symbolic())
+    assert low in (0, 2)
+    assert high == ANY_TOKENS
+    assert token_range(symbolic(low=4, high=100) * 3) == (12, 300)
+
+
+def test_untuned_sites_are_left_and_remembered():
+    decision = decide(16)
+    assert (decision.plan, decision.rule) == (None, "untuned")
+    with TunedDatabase(default_path(), read_only=True) as database:
+        (captured,) = database.captured()
+    assert (captured.problem, captured.tokens_low, captured.tokens_high) == (PROBLEM, 16, 16)
+
+
+def test_stale_winners_do_not_count():
+    tuned(winner(16, 1.5, source_hash="0123"))
+    assert (decide(16).plan, decide(16).rule) == (None, "stale")
+    assert decide(16, {"autofuse.untuned": "fuse"}).plan is not None
+
+
+def test_untuned_fuse_takes_default_configs():
+    decision = decide(16, {"autofuse.untuned": "fuse"})
+    assert str(decision.plan) == str(
+        Plan(target_of(CPU).arch, PROBLEM, ((16, get_op("mla_dual_rms_norm").default_config("cpu", PROBLEM, 16)),))
+    )
+    assert buckets(decide(symbolic(low=2, high=100), {"autofuse.untuned": "fuse"})) == [64, 1024]
+
+
+def test_untuned_fuse_does_not_fuse_what_was_measured_to_be_slower():
+    tuned(winner(16, 0.8))
+    assert decide(16, {"autofuse.untuned": "fuse"}).plan is None
+
+
+def test_untuned_tune_measures_and_looks_again():
+    asked = []
+
+    def tune(problem, tokens, device, path):
+        asked.append((problem, tokens, device, path))
+        tuned(winner(16, 1.5))
+
+    assert buckets(decide(16, {"autofuse.untuned": "tune"}, tune=tune)) == [16]
+    assert asked == [(PROBLEM, (16,), CPU, default_path())]
+
+
+def test_tuning_that_fails_leaves_the_site(caplog):
+    def tune(*_):
+        raise BadInput("no such thing")
+
+    decision = decide(16, {"autofuse.untuned": "tune"}, tune=tune)
+    assert (decision.plan, decision.rule) == (None, "untuned")
+    assert "could not tune" in caplog.text
+
+
+def test_level_flag_and_refusal_come_first():
+    tuned(winner(16, 1.5))
+    assert decide(16, {"autofuse.level": "O0"}).rule == "level"
+    assert decide(16, {"autofuse.level": "O0", "autofuse.fuse_mla_dual_rms_norm": True}).plan is not None
+    assert decide(16, {"autofuse.fuse_mla_dual_rms_norm": False}).rule == "level"
+    assert decide(16, refusal="because").reason == "because"
+
+
+def test_what_no_kernel_computes_is_left():
+    assert decide(16, dtype=torch.float64).rule == "unsupported"
+
+
+def test_another_database_can_be_named(tmp_path):
+    with TunedDatabase(tmp_path / "other.db") as database:
+        database.record_winner(winner(16, 1.5))
+    assert decide(16).plan is None
+    assert decide(16, {"autofuse.database": str(tmp_path / "other.db")}).plan is not None
+
+
+def test_a_compiled_graph_follows_the_database():
+    model, x = MlaLatents(), torch.randn(16, HIDDEN, dtype=torch.bfloat16)
+    fused = []
+    for winners in ((), (winner(16, 1.5),), (winner(16, 0.9),)):
+        tuned(*winners)
+        with without_code_generation(), torch.no_grad():
+            torch.compile(model, backend="autofuse")(x)
+        fused.append(last_reports()[-1].fused)
+    assert fused == [0, 1, 0]
+    assert len({report.key for report in last_reports()[-3:]}) == 3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_switch_on_what_they_should(level):
+    settings, others = Settings.parse({"autofuse.level": level, "dce": True})
+    assert others == {"dce": True}
+    assert [settings.switched_on(fusion)[0] for fusion in FUSIONS] == [level != "O0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"autofuse.level": 2}, "must be one of 'O0'"),
+        ({"autofuse.untuned": "skp"}, "did you mean 'skip'?"),
+        ({"autofuse.fuse_mla_dual_rms_norm": "yes"}, "must be True or False"),
+        ({"autofuse.fuse_mla_dual_rms": True}, "did you mean autofuse.fuse_mla_dual_rms_norm?"),
+        ({"autofuse.database": 3}, "must be a path"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options, message):
+    with pytest.raises(BadInput) as raised:
+        Settings.parse(options)
+    assert message in str(raised.value)
+
+
+def test_reports_read_back_from_their_canonical_form():
+    site = SiteReport("f", "op", "op(n=1)", "layers.0", "m.py:1 in forward", "cpu", "16", True, "ab", "x", "exact", "y")
+    report = GraphReport("k", "s", (site,), (NearMissReport("RMSNorm", "", "", "rsqrt", "why"),), 0.5, 0.25)
+    again = GraphReport.from_json(report.to_json())
+    assert again.to_json() == report.to_json()
+    assert again.from_cache
+    assert not report.from_cache
+    with pytest.raises(ValueError, match="not a graph report"):
+        GraphReport.from_json("{}")

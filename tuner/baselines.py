@@ -1,0 +1,76 @@
+"""Baselines: what the unfused code takes, eagerly and through plain ``torch.compile``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+from autofuse.ops import FusedOp
+
+__all__ = ["baseline_calls", "compiled_reference"]
+
+Call = Callable[..., Any]
+
+
+def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
+    """The reference as functions of the op's arguments, by kind:
+
+    - ``eager``: operator by operator;
+    - ``compile``: through ``torch.compile`` with static shapes, as a user calls it;
+    - ``graph`` (CPU only): just the code that Inductor generated, without the guards and wrappers around it. That is what
+      the site costs inside a larger compiled graph, where those are paid once for all. Under a CUDA graph the two are one.
+
+    Args: args: example arguments to compile for.
+    """
+    compiled, generated = compiled_reference(op, args)
+    calls = {"eager": op.reference, "compile": compiled}
+    if generated is not None and all(not isinstance(arg, torch.Tensor) or arg.device.type == "cpu" for arg in args):
+        calls["graph"] = generated
+    return calls
+
+
+def compiled_reference(op: FusedOp, args: Sequence[Any], options: dict[str, Any] | None = None) -> tuple[Call, Call | None]:
+    """The compiled reference as a user calls it, and only its generated code (None if it cannot be had alone).
+
+    Args: options: Inductor's, as for ``torch.compile(options=...)``.
+    """
+    tensor_indices = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    graphs: list[Callable[[list[torch.Tensor]], Any]] = []
+
+    def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        graph = compile_fx_inner(*inner_args, **inner_kwargs)
+        graphs.append(graph)
+        return graph
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        return compile_fx(module, inputs, inner_compile=inner, config_patches=options)
+
+    compiled = torch.compile(_fresh(op.reference), backend=backend, dynamic=False)
+    # A hit in AOTAutograd's cache would not call our inner_compile.
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+        expected = compiled(*args)
+    if len(graphs) != 1:
+        return compiled, None
+    graph = graphs[0]
+
+    def generated(*call_args: Any) -> Any:
+        return graph([call_args[i] for i in tensor_indices])
+
+    try:
+        same = all(torch.equal(a, b) for a, b in zip(generated(*args), expected, strict=True))
+    except (RuntimeError, AssertionError, TypeError, ValueError):  # the graph takes its inputs in another order
+        same = False
+    return compiled, generated if same else None
+
+
+def _fresh(method: Call) -> Call:
+    """A copy with a code object of its own: Dynamo counts recompilations, and gives up, per code object."""
+    function = method.__func__ if isinstance(method, types.MethodType) else method
+    code = function.__code__
+    copy = types.FunctionType(code.replace(), function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return types.MethodType(copy, method.__self__) if isinstance(method, types.MethodType) else copy

@@ -1,0 +1,61 @@
+"""Every number that bounds the tuner's work, with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autofuse.errors import BadInput
+
+__all__ = ["EFFORTS", "Effort", "effort"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work one bucket may cost.
+
+    Attributes:
+        exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones by TPE.
+        trials: configs measured per bucket by TPE, those already in the database included.
+        startup_trials: of these, drawn at random before TPE has a model.
+        batch: configs that TPE proposes at once, so that they compile side by side.
+        asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
+        trial_rounds: timed rounds per config.
+        finalists: best configs that are measured again beside the baselines.
+        final_rounds: interleaved rounds for them; the gain's interval comes from these.
+        round_us: length of one timed round on a GPU, in µs; short rounds would measure the clock.
+        cpu_round_us: the same on a CPU.
+        warmup_rounds: untimed rounds before each measurement.
+        ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
+            do not stay in the last-level cache (H200: 60 MB).
+        ring_sets: at most so many sets of inputs; tiny ones would need thousands.
+        verify_seeds: random inputs that a config must compute rightly before it is timed.
+    """
+
+    exhaustive_up_to: int = 64
+    trials: int = 96
+    startup_trials: int = 24
+    batch: int = 8
+    asks_per_trial: int = 40
+    trial_rounds: int = 7
+    finalists: int = 4
+    final_rounds: int = 25
+    round_us: float = 2_000.0
+    cpu_round_us: float = 3_000.0
+    warmup_rounds: int = 2
+    ring_bytes: int = 160 << 20
+    ring_sets: int = 256
+    verify_seeds: int = 2
+
+
+EFFORTS = {
+    "quick": Effort(exhaustive_up_to=32, trials=32, startup_trials=12, trial_rounds=5, final_rounds=15),
+    "default": Effort(),
+    "exhaustive": Effort(exhaustive_up_to=100_000),
+}
+
+
+def effort(name: str) -> Effort:
+    """The effort of that name. Raises BadInput."""
+    if name not in EFFORTS:
+        raise BadInput(f"effort {name!r} is none of {', '.join(EFFORTS)}")
+    return EFFORTS[name]

@@ -1,0 +1,87 @@
+"""Compiling candidates side by side, ahead of their measurement.
+
+A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling process
+and two threads there compile no faster than one, so each thread has a worker process that does it; what it compiles, the
+kernel cache hands over. The workers are started as commands rather than through ``multiprocessing``, which would run the
+user's own main module again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from autofuse import errors
+from autofuse.errors import CompileError
+from autofuse.targets import Artifact, KernelSpec, toolchain
+
+__all__ = ["CompilePool", "compile_pool"]
+
+_MOST_WORKERS = 16
+_SOME = 3  # fewer kernels than this compile faster than a worker process starts
+
+
+class CompilePool:
+    """Compiles kernels for one arch. Use ``compile_pool``, which ends its workers."""
+
+    def __init__(self, kind: str, arch: str, workers: int | None = None) -> None:
+        self._kind = kind
+        self._arch = arch
+        self._threads = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, _MOST_WORKERS), "autofuse-compile")
+        self._local = threading.local()
+        self._workers: list[subprocess.Popen[str]] = []
+
+    def submit(self, specs: Iterable[KernelSpec]) -> list[Future[Artifact]]:
+        """Starts compiling; each future gives its artifact or raises CompileError, TargetUnavailable or BadInput."""
+        specs = list(specs)
+        compile_one = self._in_worker if self._kind == "cuda" and len(specs) >= _SOME else self._here
+        return [self._threads.submit(compile_one, spec) for spec in specs]
+
+    def close(self) -> None:
+        """Drops what has not begun and ends the workers."""
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.wait()
+
+    def _here(self, spec: KernelSpec) -> Artifact:
+        return toolchain(self._kind).compile(spec, self._arch)
+
+    def _in_worker(self, spec: KernelSpec) -> Artifact:
+        worker = getattr(self._local, "worker", None)
+        if worker is None or worker.poll() is not None:
+            command = [sys.executable, "-m", "autofuse.tuner.compile_worker", self._kind, self._arch]
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            self._local.worker = worker
+            self._workers.append(worker)
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            worker.stdin.write(json.dumps({**asdict(spec), "defines": dict(spec.defines)}) + "\n")
+            answer = worker.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            raise CompileError(f"the compiler of {spec.source} died (exit code {worker.poll()})")
+        reply = json.loads(answer)
+        if error := reply.get("error"):
+            raise getattr(errors, error)(reply["message"])
+        artifact = toolchain(self._kind).compile(spec, self._arch)  # in the cache by now
+        return Artifact(artifact.path, artifact.resources, reply["seconds"])
+
+
+@contextmanager
+def compile_pool(kind: str, arch: str, workers: int | None = None) -> Iterator[CompilePool]:
+    """A pool for a ``with`` block. ``workers``: how many compile at a time; all cores, unless given."""
+    pool = CompilePool(kind, arch, workers)
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -1,0 +1,258 @@
+"""The tuning job: buckets in, winners in the database out."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
+from autofuse.errors import BadInput, CompileError, LaunchError
+from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.runtime.dispatch import load_kernel, registry
+from autofuse.runtime.plan import Plan
+from autofuse.targets import Artifact, Target, target_of, toolchain
+from autofuse.tuner.baselines import baseline_calls
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.compile_ahead import CompilePool, compile_pool
+from autofuse.tuner.measure import Ring, example_ring, gain, interleave, runner, time_alone
+from autofuse.tuner.search import search_for
+from autofuse.tuner.verify import WrongResult, verify
+
+__all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
+
+logger = logging.getLogger("autofuse.tuner")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One thing to tune: a problem at T tokens."""
+
+    problem: Problem
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BucketStarted:
+    """A bucket's search begins; ``trials`` is the most it will measure, 0 where nothing is left to do."""
+
+    bucket: Bucket
+    trials: int
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    """A config was measured, or failed."""
+
+    bucket: Bucket
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class BucketDone:
+    """A bucket is finished. ``winner`` is None where no config was right; ``measured`` is False if all was known."""
+
+    bucket: Bucket
+    winner: Winner | None
+    measured: bool
+
+
+Event = BucketStarted | TrialDone | BucketDone
+
+
+def tune_buckets(
+    buckets: Sequence[Bucket],
+    device: torch.device,
+    database: TunedDatabase,
+    effort: Effort,
+    *,
+    retune: bool = False,
+    seed: int = 0,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> list[Winner]:
+    """Tunes each bucket on ``device``; what the database knows of the present kernel sources is not measured again.
+
+    Every trial is in the database as soon as it is measured: an interrupted job goes on where it was.
+
+    Args:
+        retune: measure everything anew.
+        seed: of the search.
+        on_event: called as the work goes on.
+
+    Returns: the winners, of buckets that have one.
+    Raises: BadInput, TargetUnavailable, DatabaseError. A config that fails is a row, not an error; if none compiles for
+        want of a compiler, TargetUnavailable.
+    """
+    target = target_of(device)
+    chain = toolchain(target.kind)
+    registry.go_native()  # calls are timed as a compiled graph makes them
+    provenance = database.record_provenance(
+        {"host": platform.node(), "torch": torch.__version__, "autofuse": _autofuse_version(), **chain.provenance(device)}
+    )
+    winners = []
+    with compile_pool(target.kind, target.arch) as pool, torch.no_grad():
+        for bucket in buckets:
+            if bucket.tokens < 1:
+                raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
+            tuning = _BucketTuning(bucket, device, target, database, effort, provenance, pool, on_event)
+            if winner := tuning.run(retune=retune, seed=seed):
+                winners.append(winner)
+    return winners
+
+
+class _BucketTuning:
+    """The tuning of one bucket."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        device: torch.device,
+        target: Target,
+        database: TunedDatabase,
+        effort: Effort,
+        provenance: str,
+        pool: CompilePool,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._bucket = bucket
+        self._problem, self._tokens = bucket.problem, bucket.tokens
+        self._op: FusedOp = get_op(bucket.problem.op)
+        self._device = device
+        self._target = target
+        self._database = database
+        self._effort = effort
+        self._provenance = provenance
+        self._pool = pool
+        self._on_event = on_event
+        self._source_hash = self._op.source_hash(target.kind)
+        self._cached_ring: Ring | None = None
+
+    def run(self, *, retune: bool, seed: int) -> Winner | None:
+        known = {} if retune else {trial.config: trial for trial in self._trials()}
+        space = self._op.kernel_source(self._target.kind).space
+        times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
+        search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
+        winner = self._database.winner(self._target, self._problem, self._tokens)
+        fresh = winner is not None and winner.source_hash == self._source_hash and not retune
+        self._on_event(BucketStarted(self._bucket, search.total))
+        if fresh and search.total == 0:
+            self._on_event(BucketDone(self._bucket, winner, measured=False))
+            return winner
+        measured: set[Config] = set(known)
+        for batch in search.batches():
+            specs = [self._op.spec(self._target.kind, self._problem, config) for config in batch]
+            for config, future in zip(batch, self._pool.submit(specs), strict=True):
+                trial = self._database.record_trial(self._measure(config, future))
+                measured.add(config)
+                search.tell(config, trial.time_us if trial.status == "ok" else None)
+                self._on_event(TrialDone(self._bucket, trial))
+        finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
+        winner = self._final(finalists[: self._effort.finalists])
+        self._on_event(BucketDone(self._bucket, winner, measured=True))
+        return winner
+
+    def _trials(self) -> list[Trial]:
+        return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
+
+    def _first_configs(self) -> list[Config]:
+        """The default, and what won in the buckets nearest to this one."""
+        others = [
+            winner
+            for winner in self._database.winners(target=self._target, problem=self._problem)
+            if winner.tokens != self._tokens
+        ]
+        others.sort(key=lambda winner: max(winner.tokens, self._tokens) / min(winner.tokens, self._tokens))
+        default = self._op.default_config(self._target.kind, self._problem, self._tokens)
+        return [default, *(winner.config for winner in others[:4])]
+
+    def _ring(self) -> Ring:
+        if self._cached_ring is None:
+            self._cached_ring = example_ring(self._op, self._problem, self._tokens, self._device, self._effort)
+        return self._cached_ring
+
+    def _measure(self, config: Config, compiling: Future[Artifact]) -> Trial:
+        """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome."""
+        try:
+            artifact = compiling.result()
+        except CompileError as error:
+            return self._trial(config, "compile_error", message=str(error))
+        facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
+        try:
+            call = self._load(config)
+            error = verify(self._op, self._problem, self._tokens, call, self._device, self._effort)
+            timing = time_alone(runner(call, self._ring(), self._device, self._effort), self._effort.trial_rounds)
+        except WrongResult as wrong:
+            return self._trial(config, "wrong", message=str(wrong), **facts)
+        except (LaunchError, RuntimeError) as failed:
+            return self._trial(config, "launch_error", message=" ".join(str(failed).split()), **facts)
+        return self._trial(
+            config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=error, **facts
+        )
+
+    def _trial(self, config: Config, status: str, **facts: Any) -> Trial:
+        return Trial(
+            self._target,
+            self._problem,
+            self._tokens,
+            config,
+            self._source_hash,
+            status,
+            provenance=self._provenance,
+            **facts,
+        )
+
+    def _load(self, config: Config) -> Callable[..., Any]:
+        """The config as a compiled graph would run it: through PyTorch's dispatcher, with a plan."""
+        load_kernel(self._op, self._problem, config, self._device)  # raises where a call would run the reference
+        plan = str(Plan(self._target.arch, self._problem, ((self._tokens, config),)))
+        overload = getattr(torch.ops.autofuse, self._op.name).default
+        return lambda *args: overload(*args, plan)
+
+    def _final(self, configs: Sequence[Config]) -> Winner | None:
+        """Measures the best configs and the baselines in turns; records the baselines and the winner."""
+        if not configs:
+            logger.warning("%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens)
+            return None
+        ring, rounds = self._ring(), self._effort.final_rounds
+        baselines = baseline_calls(self._op, ring.sets[0])
+        calls = [*baselines.values(), *map(self._load, configs)]
+        timings = interleave([runner(call, ring, self._device, self._effort) for call in calls], rounds)
+        by_kind = dict(zip(baselines, timings[: len(baselines)], strict=True))
+        by_config = dict(zip(configs, timings[len(baselines) :], strict=True))
+        for kind, timing in by_kind.items():
+            self._database.record_baseline(
+                Baseline(
+                    self._target, self._problem, self._tokens, kind, timing.median_us, timing.spread_us, self._provenance
+                )
+            )
+        config, timing = min(by_config.items(), key=lambda item: item[1].median_us)
+        kind, baseline = min(by_kind.items(), key=lambda item: item[1].median_us)
+        ratio = gain(baseline, timing)
+        return self._database.record_winner(
+            Winner(
+                self._target,
+                self._problem,
+                self._tokens,
+                config,
+                self._source_hash,
+                timing.median_us,
+                timing.spread_us,
+                kind,
+                baseline.median_us,
+                ratio.median,
+                ratio.low,
+                ratio.high,
+                self._provenance,
+            )
+        )
+
+
+def _autofuse_version() -> str:
+    from autofuse import __version__
+
+    return __version__

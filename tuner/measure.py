@@ -1,0 +1,163 @@
+"""Timing: what a call takes, fairly.
+
+On a GPU the calls are captured into one CUDA graph, each with other inputs, so that neither Python nor a warm L2 cache is
+measured; its replays are timed with events. Results are dropped at once: as in a model, a call writes where the allocator
+has just freed, and all functions that are compared write to the same addresses. On a CPU the calls are timed as they are.
+Functions that are compared take turns, so a clock that drifts drifts for all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autofuse.ops import FusedOp, Problem
+from autofuse.tuner.budgets import Effort
+
+__all__ = ["Gain", "Ring", "Runner", "Timing", "example_ring", "gain", "interleave", "runner", "time_alone"]
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Sets of arguments for consecutive calls.
+
+    Attributes:
+        pool: the memory pool that the CUDA graphs over this ring share; None on a CPU.
+    """
+
+    sets: Sequence[tuple[Any, ...]]
+    pool: Any = None
+
+    @classmethod
+    def of(cls, sets: Sequence[tuple[Any, ...]], device: torch.device) -> Ring:
+        return cls(sets, torch.cuda.graph_pool_handle() if device.type == "cuda" else None)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Rounds of one function: µs per call."""
+
+    rounds_us: tuple[float, ...]
+
+    @property
+    def median_us(self) -> float:
+        return statistics.median(self.rounds_us)
+
+    @property
+    def spread_us(self) -> float:
+        """The interquartile range."""
+        if len(self.rounds_us) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.rounds_us, n=4)
+        return high - low
+
+
+@dataclass(frozen=True)
+class Gain:
+    """baseline ÷ candidate: the median over paired rounds, and the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+def gain(baseline: Timing, candidate: Timing) -> Gain:
+    """The gain of paired rounds, with the median's distribution-free interval from order statistics.
+
+    The k-th smallest of n ratios lies below the median with a binomial probability (Hahn & Meeker, "Statistical
+    Intervals", 5.2); k is the normal approximation at 95 %.
+    """
+    ratios = sorted(b / c for b, c in zip(baseline.rounds_us, candidate.rounds_us, strict=True))
+    n = len(ratios)
+    k = max(int(n / 2 - 0.98 * n**0.5), 0)
+    return Gain(statistics.median(ratios), ratios[k], ratios[n - 1 - k])
+
+
+def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> Ring:
+    """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows."""
+    generator = torch.Generator(device).manual_seed(1)
+    sets = -(-effort.ring_bytes // max(op.bytes_moved(problem, tokens), 1))
+    sets = max(3, min(sets, effort.ring_sets))
+    return Ring.of([op.example_args(problem, tokens, device, generator) for _ in range(sets)], device)
+
+
+class Runner(ABC):
+    """One function, prepared for timing over a ring of inputs."""
+
+    @abstractmethod
+    def round_us(self) -> float:
+        """Times one round: µs per call."""
+
+
+class _CudaRunner(Runner):
+    def __init__(self, call: Call, ring: Ring, effort: Effort) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # outside the capture: first calls load modules and compile
+            for args in ring.sets[:2]:
+                call(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=ring.pool):
+            for args in ring.sets:
+                call(*args)
+        self._calls = len(ring.sets)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._replays = 1
+        once = min(self.round_us() for _ in range(3)) * self._calls
+        self._replays = max(1, round(effort.round_us / once))
+
+    def round_us(self) -> float:
+        self._start.record()
+        for _ in range(self._replays):
+            self._graph.replay()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) * 1e3 / (self._replays * self._calls)
+
+
+class _CpuRunner(Runner):
+    def __init__(self, call: Call, ring: Ring, effort: Effort) -> None:
+        self._call = call
+        self._ring = ring.sets
+        self._next = 0
+        self._calls = 1
+        once = min(self.round_us() for _ in range(3))
+        self._calls = max(1, round(effort.cpu_round_us / once))
+
+    def round_us(self) -> float:
+        call, ring, count = self._call, self._ring, len(self._ring)
+        batch = [ring[(self._next + i) % count] for i in range(self._calls)]
+        self._next = (self._next + self._calls) % count
+        start = time.perf_counter_ns()
+        for args in batch:
+            call(*args)
+        return (time.perf_counter_ns() - start) / 1e3 / self._calls
+
+
+def runner(call: Call, ring: Ring, device: torch.device, effort: Effort) -> Runner:
+    """Prepares ``call`` for timing; runs it some times. Raises whatever ``call`` raises."""
+    prepared = (_CudaRunner if device.type == "cuda" else _CpuRunner)(call, ring, effort)
+    for _ in range(effort.warmup_rounds):
+        prepared.round_us()
+    return prepared
+
+
+def time_alone(prepared: Runner, rounds: int) -> Timing:
+    """Times one function."""
+    return Timing(tuple(prepared.round_us() for _ in range(rounds)))
+
+
+def interleave(prepared: Sequence[Runner], rounds: int) -> list[Timing]:
+    """Times several functions in turns: the n-th rounds of all of them ran side by side."""
+    table = [[each.round_us() for each in prepared] for _ in range(rounds)]
+    return [Timing(tuple(row[i] for row in table)) for i in range(len(prepared))]

@@ -1,0 +1,149 @@
+"""Search: which config to measure next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import optuna
+
+from autofuse.ops import Config, Problem, SearchSpace
+from autofuse.tuner.budgets import Effort
+
+__all__ = ["ExhaustiveSearch", "Search", "TpeSearch", "search_for"]
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logger = logging.getLogger("autofuse.tuner")
+
+
+class Search:
+    """Proposes configs in batches until it has seen enough.
+
+    Use: ``for batch in search.batches():`` measure each config of the batch and ``search.tell(config, time_us)``.
+    """
+
+    total: int
+    """Configs it will propose at most, for a progress bar."""
+
+    def batches(self) -> Iterator[list[Config]]:
+        """Lists of configs to measure, none of them twice."""
+        raise NotImplementedError
+
+    def tell(self, config: Config, time_us: float | None) -> None:
+        """The outcome of a proposed config; None if it failed."""
+        raise NotImplementedError
+
+
+class ExhaustiveSearch(Search):
+    """Every config that is not known yet, in the space's order."""
+
+    def __init__(self, configs: Sequence[Config], known: Mapping[Config, float | None], batch: int) -> None:
+        self._waiting = [config for config in configs if config not in known]
+        self._batch = batch
+        self.total = len(self._waiting)
+
+    def batches(self) -> Iterator[list[Config]]:
+        for start in range(0, len(self._waiting), self._batch):
+            yield self._waiting[start : start + self._batch]
+
+    def tell(self, config: Config, time_us: float | None) -> None:
+        pass
+
+
+class TpeSearch(Search):
+    """optuna's tree-structured Parzen estimator over the tunables.
+
+    What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed and
+    the same times give the same proposals.
+
+    Args:
+        known: config → µs, or None if it failed.
+        first: configs to try before all others (the default config, winners of other buckets).
+        seed: of the sampler.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        problem: Problem,
+        tokens: int,
+        known: Mapping[Config, float | None],
+        first: Sequence[Config],
+        effort: Effort,
+        seed: int,
+    ) -> None:
+        self._space = space
+        self._problem = problem
+        self._tokens = tokens
+        self._effort = effort
+        self._distributions = {
+            tunable.name: optuna.distributions.CategoricalDistribution(tunable.values) for tunable in space.tunables
+        }
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=effort.startup_trials, multivariate=True, constant_liar=True, warn_independent_sampling=False
+        )
+        self._study = optuna.create_study(sampler=sampler)
+        self._seen = set(known)
+        self._asked: dict[Config, optuna.trial.Trial] = {}
+        for config, time_us in known.items():
+            if self._refused(config):
+                continue
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=dict(config),
+                    distributions=self._distributions,
+                    value=time_us,
+                    state=optuna.trial.TrialState.COMPLETE if time_us is not None else optuna.trial.TrialState.FAIL,
+                )
+            )
+        for config in dict.fromkeys(first):
+            if config not in self._seen and not self._refused(config):
+                self._study.enqueue_trial(dict(config))
+        self.total = max(effort.trials - len(self._seen), 0)
+
+    def _refused(self, config: Config) -> bool:
+        return self._space.refusal(config, self._problem, self._tokens) is not None
+
+    def batches(self) -> Iterator[list[Config]]:
+        left = self.total
+        while left > 0:
+            batch = [config for _ in range(min(self._effort.batch, left)) if (config := self._ask())]
+            if not batch:
+                return
+            left -= len(batch)
+            yield batch
+
+    def tell(self, config: Config, time_us: float | None) -> None:
+        trial = self._asked.pop(config)
+        if time_us is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, time_us)
+
+    def _ask(self) -> Config | None:
+        """A new config inside the space; None if none turns up: the space is about exhausted."""
+        for _ in range(self._effort.asks_per_trial):
+            trial = self._study.ask(self._distributions)
+            config = Config.of(trial.params)
+            if config not in self._seen and not self._refused(config):
+                self._seen.add(config)
+                self._asked[config] = trial
+                return config
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+
+
+def search_for(
+    space: SearchSpace,
+    problem: Problem,
+    tokens: int,
+    known: Mapping[Config, float | None],
+    first: Sequence[Config],
+    effort: Effort,
+    seed: int,
+) -> Search:
+    """Exhaustive where the space is small enough, TPE otherwise. Arguments as for TpeSearch."""
+    configs = list(space.configs(problem, tokens))
+    if len(configs) <= effort.exhaustive_up_to:
+        return ExhaustiveSearch(configs, known, effort.batch)
+    return TpeSearch(space, problem, tokens, known, first, effort, seed)

@@ -1,0 +1,65 @@
+"""Verification: a config is right before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from autofuse.errors import AutofuseError
+from autofuse.ops import FusedOp, Problem
+from autofuse.tuner.budgets import Effort
+
+__all__ = ["WrongResult", "verify"]
+
+
+class WrongResult(AutofuseError):
+    """A kernel ran and computed something else than its op's reference."""
+
+
+@contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    """Fresh tensors hold NaN, so whatever a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def verify(op: FusedOp, problem: Problem, tokens: int, call: Callable[..., Any], device: torch.device, effort: Effort) -> float:
+    """Runs ``call`` on random inputs of the bucket's largest, a ragged, and the smallest number of tokens.
+
+    Returns: the largest difference from the fp64 reference, in units of what the op's tolerance allows (at most 1).
+    Raises: WrongResult, for a difference, an unwritten output, a changed input, or results that differ from run to run.
+    """
+    tolerance = op.tolerance(problem)
+    worst = 0.0
+    for seed in range(effort.verify_seeds):
+        generator = torch.Generator(device).manual_seed(1000 + seed)
+        for count in sorted({1, max(tokens - tokens // 3, 1), tokens}):
+            args = op.example_args(problem, count, device, generator)
+            before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in _with_bases(args)]
+            with _poisoned_allocations():
+                first, second = call(*args), call(*args)
+            exact = op.exact(*args)
+            where = f"T={count}, seed {seed}"
+            for index, (out, again, right) in enumerate(zip(first, second, exact, strict=True)):
+                error = tolerance.error(out, right)
+                if not error <= 1.0:
+                    raise WrongResult(f"{where}: result {index} is {error:.3g} times the tolerance from the reference")
+                if not torch.equal(out, again):
+                    raise WrongResult(f"{where}: result {index} differs between two runs on the same inputs")
+                worst = max(worst, error)
+            for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
+                if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
+                    raise WrongResult(f"{where}: input {index} was changed")
+    return worst
+
+
+def _with_bases(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments, and the whole tensors that they are views of: a kernel must not write beside a view either."""
+    return [*args, *(arg._base for arg in args if isinstance(arg, torch.Tensor) and arg._base is not None)]
