@@ -4,9 +4,10 @@
     python scripts/bench_ops.py --tokens 1,16,64,256,1024,8192,32768 --json benchmarks/h200/mla_dual_rms_norm.json
 
 What is not tuned yet is tuned first (into --database). All functions of a row are measured in turns, over inputs that
-rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a CPU it
-is the time of a call. "floor" is the bytes that must move ÷ the bandwidth of an elementwise kernel, measured in the same run.
-"compile+" is torch.compile with coordinate descent, and on a GPU the better of with and without programmatic dependent launch.
+rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a
+CPU it is the time of a call. "floor" is the bytes that must move ÷ the bandwidth of an elementwise kernel, measured in
+the same run. "compile+" is torch.compile with coordinate descent, and on a GPU the better of with and without
+programmatic dependent launch.
 """
 
 from __future__ import annotations
@@ -67,11 +68,16 @@ def host_us(call: Callable[..., Any], args: tuple[Any, ...], device: torch.devic
     return statistics.median(rounds[1:])
 
 
-def measure(op: FusedOp, problem: Problem, tokens: int, plan: Plan, device: torch.device, effort: Effort) -> dict[str, Any]:
+def measure(
+    op: FusedOp, problem: Problem, tokens: int, plan: Plan, device: torch.device, effort: Effort
+) -> dict[str, Any]:
     """One row of the table: µs by column, and the gain over the better baseline."""
     ring = example_ring(op, problem, tokens, device, effort)
     overload, text = getattr(torch.ops.autofuse, op.name).default, str(plan)
-    calls: dict[str, Callable[..., Any]] = {"ours": lambda *args: overload(*args, text), **baseline_calls(op, ring.sets[0])}
+    calls: dict[str, Callable[..., Any]] = {
+        "ours": lambda *args: overload(*args, text),
+        **baseline_calls(op, ring.sets[0]),
+    }
     variants = TUNED_COMPILE if device.type == "cuda" else TUNED_COMPILE[:1]
     for number, options in enumerate(variants):
         calls[f"compile+ {number}"] = compiled_reference(op, ring.sets[0], options)[0]

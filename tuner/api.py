@@ -15,6 +15,7 @@ from autofuse.errors import AutofuseError, BadInput
 from autofuse.models import PRESETS, model_config
 from autofuse.ops import OPS, Problem, get_op
 from autofuse.ops.base import DTYPES
+from autofuse.runtime.plan import buckets_serving
 from autofuse.targets import parse_device
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.budgets import effort as effort_named
@@ -23,7 +24,7 @@ from autofuse.tuner.job import Bucket, BucketDone, Event, tune_buckets
 __all__ = [
     "DEFAULT_TOKENS",
     "MOST_TOKENS",
-    "RANGE_TOKENS",
+    "SITE_SECONDS",
     "captured_buckets",
     "checked_problem",
     "forget_when_tuned",
@@ -37,8 +38,8 @@ __all__ = [
 DEFAULT_TOKENS = (1, 64, 1024)
 """What is tuned where nobody names token counts: decode, a batch of decodes, prefill."""
 
-RANGE_TOKENS = (1, 64, 1024, 8192)
-"""What is tuned of a site that was compiled for a range of T."""
+SITE_SECONDS = 600.0
+"""How long ``torch.compile`` waits for a site to be tuned; what was measured by then is kept."""
 
 MOST_TOKENS = 1 << 20
 """The largest T that can be tuned; more is a typing error rather than a batch."""
@@ -153,15 +154,10 @@ def checked_problem(problem: Problem) -> Problem:
 def captured_buckets(site: Captured) -> list[Bucket]:
     """What a site that ``torch.compile`` left unfused needs to have measured. Raises BadInput, UnsupportedCall.
 
-    One static T is tuned as it is. A range is tuned at those of ``RANGE_TOKENS`` that serve a T in it.
+    One static T is tuned as it is, a range at the buckets that serve it.
     """
     low = min(max(site.tokens_low, 1), MOST_TOKENS)
-    tokens = [low]
-    if site.tokens_high > low:
-        above = [count for count in RANGE_TOKENS if count >= low] or [low]
-        tokens = [count for count in above if count < site.tokens_high]
-        tokens += [count for count in above if count >= site.tokens_high][:1]
-    return _buckets([checked_problem(site.problem)], tokens)
+    return _buckets([checked_problem(site.problem)], buckets_serving(low, max(low, site.tokens_high)))
 
 
 def forget_when_tuned(
@@ -191,7 +187,10 @@ def tune_site(problem: Problem, tokens: Sequence[int], device: torch.device, dat
     command = [sys.executable, "-m", "autofuse", "tune", "--problem", str(problem), "--device", str(device)]
     command += ["--tokens", ",".join(map(str, tokens)), "--effort", "quick"]
     command += [] if database is None else ["--database", str(database)]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SITE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise AutofuseError(f"tuning {problem} takes more than {SITE_SECONDS:.0f} s: run autofuse tune first") from None
     if run.returncode:
         said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
         raise AutofuseError(f"tuning {problem} failed: {said[-1].removeprefix('autofuse: error: ')}")

@@ -22,8 +22,10 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
 
     - ``eager``: operator by operator;
     - ``compile``: through ``torch.compile`` with static shapes, as a user calls it;
-    - ``graph`` (CPU only): just the code that Inductor generated, without the guards and wrappers around it. That is what
-      the site costs inside a larger compiled graph, where those are paid once for all. Under a CUDA graph the two are one.
+    - ``graph`` (CPU only): just the code that Inductor generated, without the guards and wrappers around it. That is
+      what
+      the site costs inside a larger compiled graph, where those are paid once for all. Under a CUDA graph the two are
+      one.
 
     Args: args: example arguments to compile for.
     """
@@ -34,7 +36,9 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
     return calls
 
 
-def compiled_reference(op: FusedOp, args: Sequence[Any], options: dict[str, Any] | None = None) -> tuple[Call, Call | None]:
+def compiled_reference(
+    op: FusedOp, args: Sequence[Any], options: dict[str, Any] | None = None
+) -> tuple[Call, Call | None]:
     """The compiled reference as a user calls it, and only its generated code (None if it cannot be had alone).
 
     Args: options: Inductor's, as for ``torch.compile(options=...)``.
@@ -72,5 +76,7 @@ def _fresh(method: Call) -> Call:
     """A copy with a code object of its own: Dynamo counts recompilations, and gives up, per code object."""
     function = method.__func__ if isinstance(method, types.MethodType) else method
     code = function.__code__
-    copy = types.FunctionType(code.replace(), function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        code.replace(), function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
     return types.MethodType(copy, method.__self__) if isinstance(method, types.MethodType) else copy

@@ -1,9 +1,9 @@
 """Compiling candidates side by side, ahead of their measurement.
 
-A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling process
-and two threads there compile no faster than one, so each thread has a worker process that does it; what it compiles, the
-kernel cache hands over. The workers are started as commands rather than through ``multiprocessing``, which would run the
-user's own main module again.
+A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling
+process and two threads there compile no faster than one, so each thread has a worker process that does it; what it
+compiles, the kernel cache hands over. The workers are started as commands rather than through ``multiprocessing``,
+which would run the user's own main module again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class CompilePool:
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
             self._local.worker = worker
             self._workers.append(worker)
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         try:
             worker.stdin.write(json.dumps({**asdict(spec), "defines": dict(spec.defines)}) + "\n")
             answer = worker.stdout.readline()

@@ -92,7 +92,12 @@ def tune_buckets(
     chain = toolchain(target.kind)
     registry.go_native()  # calls are timed as a compiled graph makes them
     provenance = database.record_provenance(
-        {"host": platform.node(), "torch": torch.__version__, "autofuse": _autofuse_version(), **chain.provenance(device)}
+        {
+            "host": platform.node(),
+            "torch": torch.__version__,
+            "autofuse": _autofuse_version(),
+            **chain.provenance(device),
+        }
     )
     winners = []
     with compile_pool(target.kind, target.arch) as pool, torch.no_grad():
@@ -184,14 +189,14 @@ class _BucketTuning:
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
         try:
             call = self._load(config)
-            error = verify(self._op, self._problem, self._tokens, call, self._device, self._effort)
+            difference = verify(self._op, self._problem, self._tokens, call, self._device, self._effort)
             timing = time_alone(runner(call, self._ring(), self._device, self._effort), self._effort.trial_rounds)
         except WrongResult as wrong:
             return self._trial(config, "wrong", message=str(wrong), **facts)
         except (LaunchError, RuntimeError) as failed:
             return self._trial(config, "launch_error", message=" ".join(str(failed).split()), **facts)
         return self._trial(
-            config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=error, **facts
+            config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=difference, **facts
         )
 
     def _trial(self, config: Config, status: str, **facts: Any) -> Trial:
@@ -216,7 +221,9 @@ class _BucketTuning:
     def _final(self, configs: Sequence[Config]) -> Winner | None:
         """Measures the best configs and the baselines in turns; records the baselines and the winner."""
         if not configs:
-            logger.warning("%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens)
+            logger.warning(
+                "%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens
+            )
             return None
         ring, rounds = self._ring(), self._effort.final_rounds
         baselines = baseline_calls(self._op, ring.sets[0])
@@ -227,7 +234,13 @@ class _BucketTuning:
         for kind, timing in by_kind.items():
             self._database.record_baseline(
                 Baseline(
-                    self._target, self._problem, self._tokens, kind, timing.median_us, timing.spread_us, self._provenance
+                    self._target,
+                    self._problem,
+                    self._tokens,
+                    kind,
+                    timing.median_us,
+                    timing.spread_us,
+                    self._provenance,
                 )
             )
         config, timing = min(by_config.items(), key=lambda item: item[1].median_us)

@@ -1,9 +1,9 @@
 """Timing: what a call takes, fairly.
 
-On a GPU the calls are captured into one CUDA graph, each with other inputs, so that neither Python nor a warm L2 cache is
-measured; its replays are timed with events. Results are dropped at once: as in a model, a call writes where the allocator
-has just freed, and all functions that are compared write to the same addresses. On a CPU the calls are timed as they are.
-Functions that are compared take turns, so a clock that drifts drifts for all of them.
+On a GPU the calls are captured into one CUDA graph, each with other inputs, so that neither Python nor a warm L2 cache
+is measured; its replays are timed with events. Results are dropped at once: as in a model, a call writes where the
+allocator has just freed, and all functions that are compared write to the same addresses. On a CPU the calls are timed
+as they are. Functions that are compared take turns, so a clock that drifts drifts for all of them.
 """
 
 from __future__ import annotations

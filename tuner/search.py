@@ -53,7 +53,8 @@ class ExhaustiveSearch(Search):
 class TpeSearch(Search):
     """optuna's tree-structured Parzen estimator over the tunables.
 
-    What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed and
+    What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed
+    and
     the same times give the same proposals.
 
     Args:
@@ -76,11 +77,15 @@ class TpeSearch(Search):
         self._problem = problem
         self._tokens = tokens
         self._effort = effort
-        self._distributions = {
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             tunable.name: optuna.distributions.CategoricalDistribution(tunable.values) for tunable in space.tunables
         }
         sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=effort.startup_trials, multivariate=True, constant_liar=True, warn_independent_sampling=False
+            seed=seed,
+            n_startup_trials=effort.startup_trials,
+            multivariate=True,
+            constant_liar=True,
+            warn_independent_sampling=False,
         )
         self._study = optuna.create_study(sampler=sampler)
         self._seen = set(known)

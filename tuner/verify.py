@@ -30,7 +30,9 @@ def _poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def verify(op: FusedOp, problem: Problem, tokens: int, call: Callable[..., Any], device: torch.device, effort: Effort) -> float:
+def verify(
+    op: FusedOp, problem: Problem, tokens: int, call: Callable[..., Any], device: torch.device, effort: Effort
+) -> float:
     """Runs ``call`` on random inputs of the bucket's largest, a ragged, and the smallest number of tokens.
 
     Returns: the largest difference from the fp64 reference, in units of what the op's tolerance allows (at most 1).

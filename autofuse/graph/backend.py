@@ -19,6 +19,7 @@ from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import report_key, store, symbol_ranges
 from autofuse.graph.settings import Settings
 from autofuse.graph.specialise import specialise_eps
+from autofuse.runtime.dispatch import registry
 
 __all__ = ["Watch", "autofuse", "watching"]
 
@@ -88,6 +89,8 @@ def autofuse(
             raise
         compiled = gm.forward
     collected.finish(ours.key, settings)
+    if collected.report is not None and collected.report.fused:
+        registry.go_native()
     if watch is not None:
         watch.reports.append(collected.report or GraphReport(ours.key, str(settings)))
     return compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.recognise.nodes import expression
 from autofuse.graph.settings import Settings
-from autofuse.graph.tuning import tune_in_process
 from autofuse.ops import FusedOp, get_op
 from autofuse.ops.problem import Config, Problem
-from autofuse.runtime.plan import Plan
+from autofuse.runtime.plan import Plan, buckets_serving
 from autofuse.targets import Target, target_of, toolchain
 
 __all__ = [
     "ANY_TOKENS",
-    "DEFAULT_BUCKETS",
     "Decider",
     "Decision",
     "Knowledge",
@@ -35,9 +33,6 @@ __all__ = [
 
 ANY_TOKENS = 1 << 31
 """The most tokens a call is taken to have where its graph sets no bound."""
-
-DEFAULT_BUCKETS = (1, 64, 1024, 8192)
-"""Tokens for which an untuned plan asks for default configs, and for which a range of T is tuned while compiling."""
 
 Tuner = Callable[[Problem, tuple[int, ...], torch.device, Path], None]
 """Tunes a problem at some T on a device into a database. Raises AutofuseError."""
@@ -78,6 +73,12 @@ class Knowledge:
         return f"{self.target}|{self.snapshot.digest if self.snapshot else self.fault}"
 
 
+def _tune_site(problem: Problem, tokens: tuple[int, ...], device: torch.device, database: Path) -> None:
+    from autofuse.tuner.api import tune_site  # here: without it, whoever compiles a tuned model needs no optuna
+
+    tune_site(problem, tokens, device, database)
+
+
 def token_range(tokens: int | torch.SymInt) -> tuple[int, int]:
     """(lowest, highest) T that a graph may be called with; equal if T is static."""
     expr = expression(tokens)
@@ -107,7 +108,7 @@ class Decider:
 
     settings: Settings
     known: dict[torch.device, Knowledge]
-    tune: Tuner = tune_in_process
+    tune: Tuner = _tune_site
     kernel_seconds: float = 0.0
     _tried: set[tuple[Problem, torch.device, int, int]] = field(default_factory=set)
     _compiled: set[tuple[Problem, Config]] = field(default_factory=set)
@@ -164,10 +165,9 @@ class Decider:
         if (problem, device, low, high) in self._tried:
             return known
         self._tried.add((problem, device, low, high))
-        tokens = (max(low, 1),) if low == high else _within(DEFAULT_BUCKETS, low, high)
         begin = time.perf_counter()
         try:
-            self.tune(problem, tokens, device, self.settings.database or default_path())
+            self.tune(problem, buckets_serving(low, high), device, self.settings.database or default_path())
         except AutofuseError as error:
             warn_once(f"autofuse could not tune {problem}: {error}")
         self.kernel_seconds += time.perf_counter() - begin
@@ -211,20 +211,8 @@ def _measured(lookup: Lookup, problem: Problem, target: Target, static: bool) ->
     return Decision(plan, lookup.rule, lookup.reason, problem, worst.gain, worst.gain_low)
 
 
-def _within(buckets: Iterable[int], low: int, high: int) -> tuple[int, ...]:
-    """The buckets that serve T from ``low`` to ``high``: those between, and the first above."""
-    chosen: list[int] = []
-    for tokens in buckets:
-        if tokens >= low:
-            chosen.append(tokens)
-        if tokens >= high:
-            break
-    return tuple(chosen) or (max(low, 1),)
-
-
 def _default_buckets(op: FusedOp, kind: str, problem: Problem, low: int, high: int) -> tuple[tuple[int, Config], ...]:
-    tokens = (max(low, 1),) if low == high else _within(DEFAULT_BUCKETS, low, high)
-    return tuple((bucket, op.default_config(kind, problem, bucket)) for bucket in tokens)
+    return tuple((bucket, op.default_config(kind, problem, bucket)) for bucket in buckets_serving(low, high))
 
 
 def describe_tokens(tokens: Any) -> str:

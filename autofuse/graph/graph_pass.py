@@ -14,7 +14,6 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-import autofuse.ops
 from autofuse.errors import UnsupportedCall
 from autofuse.graph.blocks import Found
 from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
@@ -39,9 +38,10 @@ class StoppedError(Exception):
 
 @cache
 def sources_hash() -> str:
-    """Changes with the sources of the passes, the ops and their kernels."""
+    """Changes with the sources of the passes, the ops, their dispatch and their kernels."""
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(autofuse.ops.__file__).parent):
+    package = Path(__file__).parents[1]
+    for folder in (package / "graph", package / "ops", package / "runtime"):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(path.read_bytes())

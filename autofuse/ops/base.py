@@ -110,7 +110,9 @@ class FusedOp(ABC):
         """The problem of a call. Raises UnsupportedCall, BadInput (arguments that make no sense together)."""
 
     @abstractmethod
-    def example_args(self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+    def example_args(
+        self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
+    ) -> tuple[Any, ...]:
         """Random arguments as a model would make them, strided views included."""
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Binding: how a call of a fused op becomes a launch, as data.
 
-It says which arguments a kernel accepts, where each field of the kernel's parameter struct comes from, and which results
-are allocated. Python and the native dispatcher carry out the same binding, so an op declares it once and no op has a fast
-path of its own.
+It says which arguments a kernel accepts, where each field of the kernel's parameter struct comes from, and which
+results are allocated. Python and the native dispatcher carry out the same binding, so an op declares it once and no op
+has a fast path of its own.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ class Binding:
             arg = args[tensor.index]
             if arg.dtype != tensor.dtype or arg.device != device or arg.dim() != len(tensor.sizes):
                 return False
-            if any(size != (tokens if wanted is None else wanted) for size, wanted in zip(arg.shape, tensor.sizes, strict=True)):
+            if any(
+                size != (tokens if wanted is None else wanted)
+                for size, wanted in zip(arg.shape, tensor.sizes, strict=True)
+            ):
                 return False
         return True
 

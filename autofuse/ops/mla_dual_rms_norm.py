@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
-from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
+from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
@@ -56,14 +56,24 @@ def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
 
 _GPU_SPACE = SearchSpace(
     (
-        Tunable("Q_WARPS", (6, 1, 2, 3, 8), "warps for a q row: lower latency, against a barrier and fewer rows in flight"),
+        Tunable(
+            "Q_WARPS", (6, 1, 2, 3, 8), "warps for a q row: lower latency, against a barrier and fewer rows in flight"
+        ),
         Tunable("KV_WARPS", (2, 1, 4), "the same for a kv row"),
         Tunable("ROWS", (1, 2, 3, 4, 7), "tokens side by side in a block: fewer blocks, against less even load"),
-        Tunable("UNROLL", (1, 2, 4), "tokens in turn in a team: more loads in flight, against registers and fewer blocks"),
+        Tunable(
+            "UNROLL", (1, 2, 4), "tokens in turn in a team: more loads in flight, against registers and fewer blocks"
+        ),
         Tunable("VEC_BYTES", (16, 8, 4), "bytes per load: fewer instructions, against more alignment and idle lanes"),
-        Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others, against readers to come"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2): hides launches"),
-        Tunable("PREFETCH", (0, 1, 2, 3), "with PDL, blocks per SM that pull rows into L2 while waiting: hides DRAM latency"),
+        Tunable(
+            "READ_ONCE", (0, 1), "activations leave the caches after reading: room for others, against readers to come"
+        ),
+        Tunable(
+            "PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2): hides launches"
+        ),
+        Tunable(
+            "PREFETCH", (0, 1, 2, 3), "with PDL, blocks per SM that pull rows into L2 while waiting: hides DRAM latency"
+        ),
     ),
     (
         Constraint("a row must be a whole number of vectors", _whole_vectors),
@@ -123,7 +133,10 @@ _CPU_SPACE = SearchSpace(
             "every thread needs a task",
             lambda c, p, t: (c["THREADS"] - 1) * c["TASK_ROWS"] < max(t, 1),
         ),
-        Constraint("one thread takes the tasks in order, whatever their size", lambda c, p, t: c["THREADS"] > 1 or c["TASK_ROWS"] == 1),
+        Constraint(
+            "one thread takes the tasks in order, whatever their size",
+            lambda c, p, t: c["THREADS"] > 1 or c["TASK_ROWS"] == 1,
+        ),
     ),
 )
 
@@ -171,6 +184,7 @@ class MlaDualRmsNorm(FusedOp):
         "cuda": KernelSource("mla_dual_rms_norm.cu", _GPU_SPACE, _gpu_default),
         "cpu": KernelSource("mla_dual_rms_norm.cpp", _CPU_SPACE, _cpu_default),
     }
+
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q_c, q_weight, kv_c, kv_weight, q_eps, kv_eps, cast_before_weight = args
         return (
@@ -192,7 +206,8 @@ class MlaDualRmsNorm(FusedOp):
         )
 
     def tolerance(self, problem: Problem) -> Tolerance:
-        # One unit in the last place at most for each rounding: fp32 arithmetic may land on the other side of a tie, once
+        # One unit in the last place at most for each rounding: fp32 arithmetic may land on the other side of a tie,
+        # once
         # before the weight and once after. fp32 itself: a sum of N squares, each rounded, in any order.
         epsilon = torch.finfo(DTYPES[str(problem["dtype"])]).eps
         if problem["dtype"] == "fp32":
@@ -212,15 +227,24 @@ class MlaDualRmsNorm(FusedOp):
         cast = bool(params["cast_before_weight"]) and name != "fp32"  # fp32 has nothing to cast to
         problem = Problem(
             self.name,
-            (("dtype", name), ("q_lora_rank", widths[0]), ("kv_lora_rank", widths[1]), ("cast_before_weight", int(cast))),
+            (
+                ("dtype", name),
+                ("q_lora_rank", widths[0]),
+                ("kv_lora_rank", widths[1]),
+                ("cast_before_weight", int(cast)),
+            ),
         )
         for width in widths:
             if width <= 0 or width * DTYPES[name].itemsize % 4:
-                raise UnsupportedCall(f"{self.name}: a row of {width} {name} elements is not a whole number of 4-byte words")
+                raise UnsupportedCall(
+                    f"{self.name}: a row of {width} {name} elements is not a whole number of 4-byte words"
+                )
         # Eight warps of 16-byte vectors, the registers filled with one row and the weights.
         limit = 8 * _WARP * _ROW_REGISTERS * 2 // DTYPES[name].itemsize
         if max(widths) > limit:
-            raise UnsupportedCall(f"{self.name}: a row of {max(widths)} {name} elements is more than the {limit} of the widest kernel")
+            raise UnsupportedCall(
+                f"{self.name}: a row of {max(widths)} {name} elements is more than the {limit} of the widest kernel"
+            )
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
@@ -339,8 +363,8 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_wei
     normed = x.float()
     normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
     if cast_before_weight:
-        return normed.to(x.dtype) * weight
-    return (normed * weight.float()).to(x.dtype)
+        return (normed.to(x.dtype) * weight).contiguous()
+    return (normed * weight.float()).to(x.dtype).contiguous()
 
 
 def _rms_norm_exact(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_weight: bool) -> torch.Tensor:

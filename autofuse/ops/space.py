@@ -43,7 +43,9 @@ class SearchSpace:
     def refusal(self, config: Config, problem: Problem, tokens: int) -> str | None:
         """Why ``config`` is not a point of this space for that problem and T; None where it is one."""
         if set(config) != {tunable.name for tunable in self.tunables}:
-            return f"its tunables are {', '.join(sorted(config))}, the space's {', '.join(t.name for t in self.tunables)}"
+            return (
+                f"its tunables are {', '.join(sorted(config))}, the space's {', '.join(t.name for t in self.tunables)}"
+            )
         for tunable in self.tunables:
             if config[tunable.name] not in tunable.values:
                 return f"{tunable.name}={config[tunable.name]} is not one of {', '.join(map(str, tunable.values))}"

@@ -1,8 +1,8 @@
 """From a call of ``torch.ops.autofuse.<op>`` to a launched kernel.
 
-The first call of a kind (op, plan, problem, device) parses its plan, compiles or finds the kernels, and binds them; each
-later one finds the binding and launches: natively where the native dispatcher could be built, else here. Whatever a kernel
-cannot do, the op's reference does: a call never fails for want of a kernel.
+The first call of a kind (op, plan, problem, device) parses its plan, compiles or finds the kernels, and binds them;
+each later one finds the binding and launches: natively where the native dispatcher could be built, else here. Whatever
+a kernel cannot do, the op's reference does: a call never fails for want of a kernel.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ class _PythonDispatcher:
         """Runs a call whose plan was split off."""
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         known = self._bound.setdefault((plan, device), [])
-        for bound in known:
-            if bound.binding.accepts(args):
-                return bound(*args)
-        kind = (plan, *((arg.dtype, arg.device, arg.shape[1:]) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        for each in known:
+            if each.binding.accepts(args):
+                return each(*args)
+        kind = (
+            plan,
+            *((arg.dtype, arg.device, arg.shape[1:]) if isinstance(arg, torch.Tensor) else arg for arg in args),
+        )
         bound = None if kind in self._refused else self._bind(plan, args, device)
         if bound is None:
             self._refused.add(kind)  # the reasons were said once, and need no second search
@@ -161,7 +164,9 @@ class OpRegistry:
             torch.library.register_fake(f"autofuse::{op.name}", _fake(op), lib=self._definitions)
 
     def go_native(self) -> bool:
-        """Switches to the native dispatcher if it can be had; True if calls are native now. Cheap after the first time."""
+        """Switches to the native dispatcher if it can be had; True if calls are native now. Cheap after the first
+        time.
+        """
         if not self._tried_native:
             self._tried_native = True
             self._native = load_native()

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,9 @@ class NativeDispatcher:
             _Field(field.kind, field.index, field.dim, struct.calcsize(binding.params_format[:i] + "0" + code))
             for i, (field, code) in enumerate(zip(binding.fields, binding.params_format, strict=True))
         ]
-        results = [_Result(_number(result.dtype), len(result.sizes), _sizes(result.sizes)) for result in binding.results]
+        results = [
+            _Result(_number(result.dtype), len(result.sizes), _sizes(result.sizes)) for result in binding.results
+        ]
         native = [
             _Variant(
                 variant.tokens,
@@ -160,15 +163,13 @@ class NativeDispatcher:
             )
             for variant in variants
         ]
-        tables: list[object] = []
-        for kind, rows in (
-            (_TensorGuard, tensors),
-            (_Constant, constants),
-            (_Field, fields),
-            (_Result, results),
-            (_Variant, native),
-        ):
-            tables += [len(rows), (kind * len(rows))(*rows)]  # type: ignore[operator, arg-type]
+        tables = [
+            *_table(_TensorGuard, tensors),
+            *_table(_Constant, constants),
+            *_table(_Field, fields),
+            *_table(_Result, results),
+            *_table(_Variant, native),
+        ]
         on_gpu = device.type == "cuda"
         arguments = (self._slots[op.name], plan.encode(), int(on_gpu), int(on_gpu), device.index or 0, *tables)
         if on_gpu:
@@ -204,6 +205,11 @@ def load_native() -> NativeDispatcher | None:
     except (AutofuseError, OSError, AttributeError) as error:
         logger.info("calls go through Python, at some microseconds more each: %s", error)
         return None
+
+
+def _table(kind: type[Any], rows: Sequence[Any]) -> list[Any]:
+    """A C array, after its length."""
+    return [len(rows), (kind * len(rows))(*rows)]
 
 
 def _torch_library_folder() -> Path:

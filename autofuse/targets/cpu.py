@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ __all__ = ["CpuToolchain", "build_host_library"]
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-w")
 _COMPILE_TIMEOUT_S = 120.0
 
-# Feature sets of the x86-64 psABI levels, by the flags of /proc/cpuinfo; a CPU has the last level all of whose and whose
-# predecessors' flags it has.
+# Feature sets of the x86-64 psABI levels, by the flags of /proc/cpuinfo; a CPU has the last level all of whose and
+# whose predecessors' flags it has.
 _X86_LEVELS = (
     ("x86-64-v2", {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
     ("x86-64-v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
@@ -36,7 +37,7 @@ _X86_LEVELS = (
 
 
 class _CpuKernel(Kernel):
-    def __init__(self, function: ctypes._CFuncPtr, params_format: str) -> None:
+    def __init__(self, function: Any, params_format: str) -> None:
         self.address = ctypes.cast(function, ctypes.c_void_p).value or 0
         self._function = function
         self._pack = struct.Struct(params_format).pack
@@ -134,7 +135,10 @@ class CpuToolchain(Toolchain):
         except (CompileError, LaunchError, TargetUnavailable) as error:
             return [found, Check("OpenMP", False, "a small kernel does not compile or load", str(error))]
         if total.item() != sum(range(64)):
-            return [found, Check("OpenMP", False, f"a parallel sum of 0..63 gave {total.item()}", "set CXX to another compiler")]
+            return [
+                found,
+                Check("OpenMP", False, f"a parallel sum of 0..63 gave {total.item()}", "set CXX to another compiler"),
+            ]
         return [found, Check("OpenMP", True, f"{_cores()} threads")]
 
 
@@ -180,7 +184,9 @@ def _compiler() -> list[str]:
     if chosen := os.environ.get("CXX"):
         command = shlex.split(chosen)
         if not command or shutil.which(command[0]) is None:
-            raise TargetUnavailable(f"CXX={chosen!r} is not a command that can be run: set it to a C++ compiler, or unset it")
+            raise TargetUnavailable(
+                f"CXX={chosen!r} is not a command that can be run: set it to a C++ compiler, or unset it"
+            )
         return command
     for name in ("g++", "clang++"):
         if shutil.which(name):
@@ -205,7 +211,8 @@ def _compiler_version_cached(compiler: tuple[str, ...]) -> str:
 def _openmp_library(compiler_version: str) -> str | None:
     """PyTorch's own copy of GCC's OpenMP runtime, for kernels built by GCC; None where there is none.
 
-    Linked with it, our threads are PyTorch's threads. With a runtime of our own, two pools would spin against each other
+    Linked with it, our threads are PyTorch's threads. With a runtime of our own, two pools would spin against each
+    other
     on the same cores.
     """
     if "clang" in compiler_version:

@@ -125,7 +125,8 @@ class CudaToolchain(Toolchain):
                 driver().cuModuleGetFunction(ctypes.byref(function), module, spec.entry.encode()),
                 f"finding {spec.entry} in {artifact.path}",
             )
-        assert function.value is not None and module.value is not None
+        assert function.value is not None
+        assert module.value is not None
         return _CudaKernel(spec, function.value, module.value, index)
 
     def checks(self) -> list[Check]:

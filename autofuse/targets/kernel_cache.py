@@ -58,7 +58,7 @@ class KernelCache:
             scratch = tempfile.TemporaryDirectory(dir=self.folder, prefix=".build-", ignore_cleanup_errors=True)
         except OSError as error:
             raise TargetUnavailable(
-                f"kernel cache {self.folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
+                f"kernel cache {self.folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME elsewhere"
             ) from None
         with scratch as folder:
             draft = Path(folder) / f"kernel{self._suffix}"

@@ -50,7 +50,9 @@ def flags(spec: KernelSpec, arch: str) -> list[str]:
     """NVRTC's options for ``spec``. Raises BadInput for an arch that it cannot compile for."""
     match = _ARCH.fullmatch(arch)
     if match is None or f"sm_{match[1]}" not in supported_arches():
-        raise BadInput(f"arch {arch!r}: NVRTC {version()} compiles for {', '.join(supported_arches())} (sm_90a and later with 'a')")
+        raise BadInput(
+            f"arch {arch!r}: NVRTC {version()} compiles for {', '.join(supported_arches())} (sm_90a and later with 'a')"
+        )
     return [*_FLAGS, f"--gpu-architecture={arch}", *(f"-D{name}={value}" for name, value in spec.defines.items())]
 
 
