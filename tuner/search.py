@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 
 import optuna
@@ -12,7 +13,7 @@ from autofuse.tuner.budgets import Effort
 
 __all__ = ["ExhaustiveSearch", "Search", "TpeSearch", "search_for"]
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn whenever TPE has too few trials for a model
 logger = logging.getLogger("autofuse.tuner")
 
 
@@ -85,10 +86,11 @@ class TpeSearch(Search):
             n_startup_trials=effort.startup_trials,
             multivariate=True,
             constant_liar=True,
-            warn_independent_sampling=False,
         )
         self._study = optuna.create_study(sampler=sampler)
         self._seen = set(known)
+        self._configs = list(space.configs(problem, tokens))
+        self._random = random.Random(seed)
         self._asked: dict[Config, optuna.trial.Trial] = {}
         for config, time_us in known.items():
             if self._refused(config):
@@ -104,7 +106,8 @@ class TpeSearch(Search):
         for config in dict.fromkeys(first):
             if config not in self._seen and not self._refused(config):
                 self._study.enqueue_trial(dict(config))
-        self.total = max(effort.trials - len(self._seen), 0)
+        left = sum(config not in self._seen for config in self._configs)
+        self.total = max(min(effort.trials - len(self._seen), left), 0)
 
     def _refused(self, config: Config) -> bool:
         return self._space.refusal(config, self._problem, self._tokens) is not None
@@ -126,7 +129,7 @@ class TpeSearch(Search):
             self._study.tell(trial, time_us)
 
     def _ask(self) -> Config | None:
-        """A new config inside the space; None if none turns up: the space is about exhausted."""
+        """A new config: TPE's, or any of the space where TPE insists on known ones; None if there are no more."""
         for _ in range(self._effort.asks_per_trial):
             trial = self._study.ask(self._distributions)
             config = Config.of(trial.params)
@@ -135,7 +138,14 @@ class TpeSearch(Search):
                 self._asked[config] = trial
                 return config
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return None
+        left = [config for config in self._configs if config not in self._seen]
+        if not left:
+            return None
+        config = self._random.choice(left)
+        self._study.enqueue_trial(dict(config))
+        self._seen.add(config)
+        self._asked[config] = self._study.ask(self._distributions)
+        return config
 
 
 def search_for(
