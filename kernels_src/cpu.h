@@ -103,3 +103,38 @@ static inline float sum_of(Floats values) {
     for (int i = 0; i < LANES; ++i) sum += values[i];
     return sum;
 }
+
+// One element at a time, for what is left of a row after whole vectors.
+template <typename E>
+static inline float load_one(const E* from) {
+    E block[LANES] = {};
+    block[0] = *from;
+    return Element<E>::load(block)[0];
+}
+template <typename E>
+static inline void store_one(E* to, float value) {
+    Floats values = {};
+    values[0] = value;
+    E block[LANES];
+    Element<E>::store(block, values);
+    *to = block[0];
+}
+template <typename E>
+static inline float round_one(float value) {
+    E rounded;
+    store_one(&rounded, value);
+    return load_one(&rounded);
+}
+
+// fp8 e4m3, rounded to nearest even, saturated: see fp8.cuh.
+static inline uint8_t e4m3_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = (bits >> 24) & 0x80u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint8_t(sign | 0x7fu);
+    const float size = fabsf(value);
+    if (size >= 448.f) return uint8_t(sign | 0x7eu);
+    if (size < 0.015625f) return uint8_t(sign | uint32_t(rintf(size * 512.f)));
+    const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+    return uint8_t(sign | ((rounded >> 20) - (120u << 3)));
+}

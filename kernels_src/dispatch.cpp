@@ -15,6 +15,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -31,7 +32,9 @@ struct TensorGuard {
     int32_t dtype;
     int32_t element_bytes;
     int32_t dims;
-    int64_t sizes[MAX_DIMS];  // -1: T
+    int32_t aligned;
+    int32_t padding;
+    int64_t sizes[MAX_DIMS];  // -1: T; -2: any but 0
 };
 struct Constant {
     int32_t arg;
@@ -52,8 +55,8 @@ struct Result {
 struct Variant {  // one bucket of the plan
     int64_t up_to_tokens;
     uint64_t function;  // CPU: void (*)(const void*); CUDA: CUfunction
-    int64_t tokens_per_block;
-    int64_t blocks_per_group;
+    int64_t units_per_token;
+    int64_t units_per_block;
     uint64_t align;
     uint32_t block;
     uint32_t shared_bytes;
@@ -61,7 +64,7 @@ struct Variant {  // one bucket of the plan
     int32_t padding;
 };
 
-enum FieldKind { POINTER, RESULT, STRIDE, TOKENS, FLOAT };
+enum FieldKind { POINTER, RESULT, STRIDE, TOKENS, FLOAT, SIZE, NOTHING };
 
 struct Entry {
     std::string plan;
@@ -77,7 +80,7 @@ struct Entry {
 
 struct Op {
     std::string unbound;     // autofuse::_unbound_<op>, which takes all arguments but the plan
-    std::string arg_types;   // T tensor, f float, i int, b bool, s string; the last one is the plan
+    std::string arg_types;   // T tensor, O tensor or None, f float, i int, b bool, s string; the last one is the plan
     // Replaced as a whole, and never freed: a call in another thread may be reading it.
     std::atomic<const std::vector<const Entry*>*> entries{nullptr};
 };
@@ -164,6 +167,8 @@ bool look_at(AtenTensorHandle handle, const TensorGuard& guard, const Entry& ent
     for (int d = 0; d < dims; ++d) {
         if (guard.sizes[d] >= 0) {
             if (sizes[d] != guard.sizes[d]) return false;
+        } else if (guard.sizes[d] == -2) {
+            if (sizes[d] == 0) return false;
         } else if (tokens < 0) {
             tokens = sizes[d];
         } else if (sizes[d] != tokens) {
@@ -172,26 +177,36 @@ bool look_at(AtenTensorHandle handle, const TensorGuard& guard, const Entry& ent
     }
     tensor.sizes = sizes;
     tensor.strides = strides;
-    return sizes[dims - 1] <= 1 || strides[dims - 1] == 1;
+    return dims == 0 || sizes[dims - 1] <= 1 || strides[dims - 1] == 1;
 }
 
 bool aligned(const Tensor& tensor, const TensorGuard& guard, uint64_t align) {
+    if (!guard.aligned) return true;
     if (reinterpret_cast<uint64_t>(tensor.data) % align) return false;
     for (int d = 0; d + 1 < guard.dims; ++d)
         if (tensor.sizes[d] > 1 && uint64_t(tensor.strides[d] * guard.element_bytes) % align) return false;
     return true;
 }
 
+// An optional argument is a null pointer or points to the value; this is that value, or 0.
+StableIValue inner(const Op& op, const StableIValue* args, int index) {
+    if (op.arg_types[index] != 'O') return args[index];
+    const auto* box = as<const StableIValue*>(args[index]);
+    return box ? *box : 0;
+}
+
 // Launches the call if `entry` is for it. On success `results` holds new tensors.
-bool run(const Entry& entry, const StableIValue* args, AtenTensorHandle* results) {
+bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorHandle* results) {
     for (const Constant& constant : entry.constants) {
         const int64_t value = constant.is_bool ? as<bool>(args[constant.arg]) : as<int64_t>(args[constant.arg]);
         if (value != constant.value) return false;
     }
     Tensor tensors[MAX_ARGS];
     int64_t tokens = -1;
-    for (const TensorGuard& guard : entry.tensors)
-        if (!look_at(as<AtenTensorHandle>(args[guard.arg]), guard, entry, tensors[guard.arg], tokens)) return false;
+    for (const TensorGuard& guard : entry.tensors) {
+        const auto handle = as<AtenTensorHandle>(inner(op, args, guard.arg));
+        if (!handle || !look_at(handle, guard, entry, tensors[guard.arg], tokens)) return false;
+    }
 
     const Variant* variant = &entry.variants.front();
     while (variant != &entry.variants.back() && tokens > variant->up_to_tokens) ++variant;
@@ -223,6 +238,12 @@ bool run(const Entry& entry, const StableIValue* args, AtenTensorHandle* results
                 case POINTER: memcpy(to, &tensors[field.index].data, sizeof(void*)); break;
                 case RESULT: memcpy(to, &data[field.index], sizeof(void*)); break;
                 case STRIDE: memcpy(to, &tensors[field.index].strides[field.dim], sizeof(int64_t)); break;
+                case NOTHING: memset(to, 0, sizeof(void*)); break;
+                case SIZE: {
+                    const int32_t size = int32_t(tensors[field.index].sizes[field.dim]);
+                    memcpy(to, &size, sizeof size);
+                    break;
+                }
                 case TOKENS: {
                     const int32_t count = int32_t(tokens);
                     memcpy(to, &count, sizeof count);
@@ -236,8 +257,8 @@ bool run(const Entry& entry, const StableIValue* args, AtenTensorHandle* results
             }
         }
         if (entry.on_gpu) {
-            const int64_t groups = (tokens + variant->tokens_per_block - 1) / variant->tokens_per_block;
-            launch_cuda(entry, *variant, groups * variant->blocks_per_group, params);
+            const int64_t units = tokens * variant->units_per_token;
+            launch_cuda(entry, *variant, (units + variant->units_per_block - 1) / variant->units_per_block, params);
         } else {
             reinterpret_cast<void (*)(const void*)>(variant->function)(params);
         }
@@ -251,6 +272,14 @@ bool run(const Entry& entry, const StableIValue* args, AtenTensorHandle* results
 void release(const Op& op, const StableIValue* args) {
     for (size_t i = 0; i < op.arg_types.size(); ++i) {
         if (op.arg_types[i] == 'T') aoti_torch_delete_tensor_object(as<AtenTensorHandle>(args[i]));
+        if (op.arg_types[i] == 'O' && args[i]) {
+            aoti_torch_delete_tensor_object(as<AtenTensorHandle>(inner(op, args, int(i))));
+#if defined(TORCH_VERSION_2_13_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+            torch_delete_stable_ivalue(as<StableIValue*>(args[i]));
+#else
+            delete as<StableIValue*>(args[i]);
+#endif
+        }
         if (op.arg_types[i] == 's') torch_delete_string(as<StringHandle>(args[i]));
     }
 }
@@ -267,7 +296,7 @@ void call(const Op& op, StableIValue* stack, uint64_t outputs) {
             if (entry->plan.size() != length || memcmp(entry->plan.data(), plan, length) != 0) continue;
             bool done = false;
             try {
-                done = run(*entry, stack, results);
+                done = run(op, *entry, stack, results);
             } catch (...) {
                 release(op, stack);
                 throw;

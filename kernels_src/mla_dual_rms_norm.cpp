@@ -28,24 +28,6 @@ struct Params {
     float kv_eps;
 };
 
-static inline float rounded(float value) {
-    Floats values = {};
-    values[0] = value;
-    return Element<E>::round(values)[0];
-}
-static inline float load_one(const E* from) {
-    E block[LANES] = {};
-    block[0] = *from;
-    return Element<E>::load(block)[0];
-}
-static inline void store_one(E* to, float value) {
-    Floats values = {};
-    values[0] = value;
-    E block[LANES];
-    Element<E>::store(block, values);
-    *to = block[0];
-}
-
 template <int WIDTH>
 static inline void norm_row(const E* __restrict x, const E* __restrict weight, E* __restrict out, float eps) {
     constexpr int STEP = LANES * UNROLL;
@@ -74,7 +56,7 @@ static inline void norm_row(const E* __restrict x, const E* __restrict weight, E
     }
     for (int i = WHOLE; i < WIDTH; ++i) {
         const float value = load_one(x + i) * scale;
-        store_one(out + i, (CAST_BEFORE_WEIGHT ? rounded(value) : value) * load_one(weight + i));
+        store_one(out + i, (CAST_BEFORE_WEIGHT ? round_one<E>(value) : value) * load_one(weight + i));
     }
 }
 

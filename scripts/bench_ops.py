@@ -32,6 +32,7 @@ from autofuse.models import model_config
 from autofuse.ops import FusedOp, Problem, get_op
 from autofuse.runtime.plan import Plan
 from autofuse.targets import parse_device, target_of, toolchain
+from autofuse.tuner.api import checked_problem
 from autofuse.tuner.baselines import baseline_calls, compiled_reference
 from autofuse.tuner.budgets import EFFORTS, Effort
 from autofuse.tuner.job import Bucket, tune_buckets
@@ -88,8 +89,8 @@ def measure(
     better = min((kind for kind in baseline_calls_kinds(row)), key=lambda kind: row[kind])
     ratio = gain(timings[better], timings["ours"])
     worst = max(
-        op.tolerance(problem).error(out, exact)
-        for out, exact in zip(calls["ours"](*ring.sets[0]), op.exact(*ring.sets[0]), strict=True)
+        op.tolerance(problem, index).error(out, exact)
+        for index, (out, exact) in enumerate(zip(calls["ours"](*ring.sets[0]), op.exact(*ring.sets[0]), strict=False))
     )
     return {
         "us": row,
@@ -114,6 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", default="mla_dual_rms_norm")
     parser.add_argument("--model", default="deepseek-v3")
+    parser.add_argument(
+        "--problem", default=None, help="a problem as `autofuse show` prints it, instead of --op and --model"
+    )
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--tokens", default="1,64,2048")
     parser.add_argument("--device", default="auto")
@@ -122,10 +126,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
-    device, effort, op = parse_device(options.device), EFFORTS[options.effort], get_op(options.op)
+    device, effort = parse_device(options.device), EFFORTS[options.effort]
     target = target_of(device)
     tokens = [int(count) for count in options.tokens.split(",")]
-    (problem, *_) = op.model_problems(model_config(options.model), options.dtype)
+    if options.problem:
+        problem = checked_problem(Problem.parse(options.problem))
+        op = get_op(problem.op)
+    else:
+        op = get_op(options.op)
+        (problem, *_) = op.model_problems(model_config(options.model), options.dtype)
     with TunedDatabase(options.database) as database:
         winners = tune_buckets([Bucket(problem, count) for count in tokens], device, database, effort)
     plan = Plan(target.arch, problem, tuple(sorted((winner.tokens, winner.config) for winner in winners)))

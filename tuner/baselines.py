@@ -30,7 +30,7 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
     Args: args: example arguments to compile for.
     """
     compiled, generated = compiled_reference(op, args)
-    calls = {"eager": op.reference, "compile": compiled}
+    calls = {"eager": op.unfused, "compile": compiled}
     if generated is not None and all(not isinstance(arg, torch.Tensor) or arg.device.type == "cpu" for arg in args):
         calls["graph"] = generated
     return calls
@@ -54,7 +54,7 @@ def compiled_reference(
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         return compile_fx(module, inputs, inner_compile=inner, config_patches=options)
 
-    compiled = torch.compile(_fresh(op.reference), backend=backend, dynamic=False)
+    compiled = torch.compile(_fresh(op.unfused), backend=backend, dynamic=False)
     # A hit in AOTAutograd's cache would not call our inner_compile.
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         expected = compiled(*args)

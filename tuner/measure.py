@@ -82,11 +82,17 @@ def gain(baseline: Timing, candidate: Timing) -> Gain:
 
 
 def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> Ring:
-    """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows."""
+    """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows.
+
+    What all layers of a model share is the same in all of them.
+    """
     generator = torch.Generator(device).manual_seed(1)
     sets = -(-effort.ring_bytes // max(op.bytes_moved(problem, tokens), 1))
     sets = max(3, min(sets, effort.ring_sets))
-    return Ring.of([op.example_args(problem, tokens, device, generator) for _ in range(sets)], device)
+    first = op.example_args(problem, tokens, device, generator)
+    others = (op.example_args(problem, tokens, device, generator) for _ in range(sets - 1))
+    common = [tuple(first[i] if i in op.shared else arg for i, arg in enumerate(args)) for args in others]
+    return Ring.of([first, *common], device)
 
 
 class Runner(ABC):

@@ -8,6 +8,7 @@ from autofuse.errors import BadInput
 from autofuse.ops.base import FusedOp, KernelSource, Tolerance
 from autofuse.ops.binding import Binding, LaunchShape
 from autofuse.ops.mla_dual_rms_norm import MlaDualRmsNorm
+from autofuse.ops.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 
@@ -26,7 +27,7 @@ __all__ = [
     "get_op",
 ]
 
-OPS: dict[str, FusedOp] = {op.name: op for op in (MlaDualRmsNorm(),)}
+OPS: dict[str, FusedOp] = {op.name: op for op in (MlaDualRmsNorm(), MlaRopeKvCacheCat())}
 
 
 def get_op(name: str) -> FusedOp:

@@ -72,8 +72,12 @@ class FusedOp(ABC):
     """
 
     name: ClassVar[str]
+    mutates: ClassVar[tuple[int, ...]] = ()
+    """Indices of the arguments that the op writes into; ``exact`` returns their expected contents after its results."""
     schema: ClassVar[str]
     """PyTorch's schema of arguments and results. The last argument is ``str plan=""``."""
+    shared: ClassVar[tuple[int, ...]] = ()
+    """Indices of the arguments that all layers of a model share, and that therefore stay in the caches."""
     kernels: ClassVar[Mapping[str, KernelSource]]
     """Kind of target → its kernel."""
 
@@ -83,17 +87,28 @@ class FusedOp(ABC):
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The op in plain PyTorch: the unfused baseline, and the fallback for whatever no kernel handles."""
 
+    def unfused(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """What a model would run in place of the op where nothing is padded: the baseline. The reference, unless that
+        has to take more care.
+        """
+        return self.reference(*args)
+
     @abstractmethod
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        """The op computed in fp64, with the roundings that its semantics ask for: what kernels are checked against."""
+        """The op computed in fp64, with the roundings that its semantics ask for: what kernels are checked against.
+
+        Returns: the results, then the contents that each of ``mutates`` must have afterwards. Changes nothing.
+        """
 
     @abstractmethod
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Results' shapes, dtypes and strides, for tracing."""
 
     @abstractmethod
-    def tolerance(self, problem: Problem) -> Tolerance:
-        """How far a kernel may be from ``exact``, with the reason for the numbers."""
+    def tolerance(self, problem: Problem, result: int = 0) -> Tolerance:
+        """How far a kernel's ``result``, counted as ``exact`` returns them, may be off, with the reason for the
+        numbers.
+        """
 
     # ---- problem ----------------------------------------------------------------------------------------------------
 
@@ -130,7 +145,7 @@ class FusedOp(ABC):
         """How a call of this problem becomes a launch."""
 
     @abstractmethod
-    def launch_shape(self, config: Config) -> LaunchShape:
+    def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
         """The grid of a config, and the alignment it needs."""
 
     def sweep_problems(self) -> Sequence[Problem]:

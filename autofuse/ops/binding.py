@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
+__all__ = ["ANY", "Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
+
+
+ANY = -2
+"""A size that a kernel reads at run time: any, but 0."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class TensorArg:
     Attributes:
         index: its place among the op's arguments.
         sizes: None stands for T, the number of tokens.
+        aligned: whether the config's alignment is asked of it; not of what is read element by element.
     """
 
     index: int
     dtype: torch.dtype
     sizes: tuple[int | None, ...]
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class FieldKind(IntEnum):
     TOKENS = 3
     FLOAT = 4
     """Argument ``index``, a float."""
+    SIZE = 5
+    """The size of argument ``index`` in dimension ``dim``, as a 32-bit integer."""
+    NOTHING = 6
+    """A zero: a pointer that this problem has no tensor for."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +77,16 @@ class LaunchShape:
     """What of a launch depends on the config.
 
     Attributes:
-        tokens_per_block: the grid has ceil(T / tokens_per_block) × blocks_per_group blocks.
+        units_per_token, units_per_block: the grid has ceil(T × units_per_token / units_per_block) blocks.
         align: bytes; every address, and every stride that is stepped over, must be a multiple.
     """
 
-    tokens_per_block: int = 1
-    blocks_per_group: int = 1
+    units_per_token: int = 1
+    units_per_block: int = 1
     align: int = 1
 
     def blocks(self, tokens: int) -> int:
-        return -(-tokens // self.tokens_per_block) * self.blocks_per_group
+        return -(-tokens * self.units_per_token // self.units_per_block)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Binding:
 
     Attributes:
         tensors: the tensor arguments, the first of which has T in its sizes.
+        absent: indices of optional tensors that must be None.
         constants: (index, value) of arguments that are compiled into the kernel.
         fields: the kernel's parameter struct, in order.
         params_format: that struct in the ``struct`` module's notation, one code per field.
@@ -96,6 +107,7 @@ class Binding:
     fields: tuple[Field, ...]
     params_format: str
     results: tuple[Result, ...]
+    absent: tuple[int, ...] = ()
 
     def tokens(self, args: Sequence[Any]) -> int:
         """T of a call that is accepted."""
@@ -106,6 +118,10 @@ class Binding:
         """Whether the call is of this binding's problem, all its tensors on one device."""
         if any(args[index] != value for index, value in self.constants):
             return False
+        if any(args[index] is not None for index in self.absent) or any(
+            args[arg.index] is None for arg in self.tensors
+        ):
+            return False
         first = args[self.tensors[0].index]
         if first.dim() != len(self.tensors[0].sizes):
             return False
@@ -114,23 +130,21 @@ class Binding:
             arg = args[tensor.index]
             if arg.dtype != tensor.dtype or arg.device != device or arg.dim() != len(tensor.sizes):
                 return False
-            if any(
-                size != (tokens if wanted is None else wanted)
-                for size, wanted in zip(arg.shape, tensor.sizes, strict=True)
-            ):
-                return False
+            for size, wanted in zip(arg.shape, tensor.sizes, strict=True):
+                if size == 0 if wanted == ANY else size != (tokens if wanted is None else wanted):
+                    return False
         return True
 
     def launchable(self, args: Sequence[Any], align: int) -> bool:
         """Whether the strides and addresses of an accepted call suit a kernel that needs ``align``."""
         for tensor in self.tensors:
             arg = args[tensor.index]
-            if arg.data_ptr() % align:
+            if tensor.aligned and arg.data_ptr() % align:
                 return False
-            *outer, last = zip(arg.shape, arg.stride(), strict=True)
-            if last[0] > 1 and last[1] != 1:
+            dims = list(zip(arg.shape, arg.stride(), strict=True))
+            if dims and dims[-1][0] > 1 and dims[-1][1] != 1:
                 return False
-            if any(size > 1 and stride * arg.element_size() % align for size, stride in outer):
+            if tensor.aligned and any(size > 1 and stride * arg.element_size() % align for size, stride in dims[:-1]):
                 return False
         return True
 
@@ -154,6 +168,10 @@ class Binding:
                 values.append(args[field.index].stride(field.dim))
             elif field.kind is FieldKind.TOKENS:
                 values.append(self.tokens(args))
+            elif field.kind is FieldKind.SIZE:
+                values.append(args[field.index].shape[field.dim])
+            elif field.kind is FieldKind.NOTHING:
+                values.append(0)
             else:
                 values.append(args[field.index])
         return values

@@ -107,14 +107,14 @@ def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _thread_counts() -> tuple[int, ...]:
+def thread_counts() -> tuple[int, ...]:
     cores = _cpu_count()
     return tuple(sorted({min(1 << i, cores) for i in range(cores.bit_length() + 1)}))
 
 
 _CPU_SPACE = SearchSpace(
     (
-        Tunable("THREADS", _thread_counts(), "threads: more bandwidth, against microseconds to wake them"),
+        Tunable("THREADS", thread_counts(), "threads: more bandwidth, against microseconds to wake them"),
         Tunable("SERIAL_ROWS", (0, 16), "tokens up to which one thread does it all: no waking, against no help"),
         Tunable("TASK_ROWS", (1, 8), "tokens per task: less overhead, against less even load"),
         Tunable("UNROLL", (2, 1, 4), "vectors per loop iteration: hides latency, against registers and a longer tail"),
@@ -153,7 +153,7 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:
-    threads = 1 if tokens <= 32 else _thread_counts()[-1]
+    threads = 1 if tokens <= 32 else thread_counts()[-1]
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
 
 
@@ -205,7 +205,7 @@ class MlaDualRmsNorm(FusedOp):
             kv_c, memory_format=torch.contiguous_format
         )
 
-    def tolerance(self, problem: Problem) -> Tolerance:
+    def tolerance(self, problem: Problem, result: int = 0) -> Tolerance:
         # One unit in the last place at most for each rounding: fp32 arithmetic may land on the other side of a tie,
         # once
         # before the weight and once after. fp32 itself: a sum of N squares, each rounded, in any order.
@@ -353,10 +353,10 @@ class MlaDualRmsNorm(FusedOp):
             results=(Result(dtype, (None, q_width)), Result(dtype, (None, kv_width))),
         )
 
-    def launch_shape(self, config: Config) -> LaunchShape:
+    def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
         if "VEC_BYTES" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
-        return LaunchShape(tokens_per_block=config["ROWS"] * config["UNROLL"], align=config["VEC_BYTES"])
+        return LaunchShape(units_per_block=config["ROWS"] * config["UNROLL"], align=config["VEC_BYTES"])
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_weight: bool) -> torch.Tensor:

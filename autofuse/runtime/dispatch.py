@@ -76,7 +76,7 @@ def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
     for tokens, config in plan.buckets:
         if config not in kernels:
             kernels[config] = load_kernel(op, plan.problem, config, device)
-        variants.append(Variant(tokens, kernels[config], op.launch_shape(config)))
+        variants.append(Variant(tokens, kernels[config], op.launch_shape(plan.problem, config)))
     return BoundPlan(op, device, op.binding(plan.problem), tuple(variants))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from autofuse.errors import AutofuseError
+from autofuse.errors import AutofuseError, TargetUnavailable
 from autofuse.ops import Binding, FusedOp, LaunchShape
 from autofuse.targets import Kernel, build_host_library
 from autofuse.targets.cuda_driver import driver
@@ -49,6 +49,8 @@ class _TensorGuard(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("element_bytes", ctypes.c_int32),
         ("dims", ctypes.c_int32),
+        ("aligned", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
         ("sizes", ctypes.c_int64 * _MAX_DIMS),
     )
 
@@ -74,8 +76,8 @@ class _Variant(ctypes.Structure):
     _fields_ = (
         ("up_to_tokens", ctypes.c_int64),
         ("function", ctypes.c_uint64),
-        ("tokens_per_block", ctypes.c_int64),
-        ("blocks_per_group", ctypes.c_int64),
+        ("units_per_token", ctypes.c_int64),
+        ("units_per_block", ctypes.c_int64),
         ("align", ctypes.c_uint64),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
@@ -120,7 +122,7 @@ class NativeDispatcher:
 
         Calls that are not bound go to ``autofuse::_unbound_<op>``.
         """
-        codes = {"Tensor": "T", "float": "f", "int": "i", "bool": "b", "str": "s"}
+        codes = {"Tensor": "T", "Optional[Tensor]": "O", "float": "f", "int": "i", "bool": "b", "str": "s"}
         arguments = torch._C.parse_schema(op.name + op.schema).arguments
         types = "".join(codes.get(str(argument.type), "") for argument in arguments)
         if len(types) != len(arguments):
@@ -138,10 +140,13 @@ class NativeDispatcher:
         if op.name not in self._slots:
             return
         tensors = [
-            _TensorGuard(arg.index, _number(arg.dtype), arg.dtype.itemsize, len(arg.sizes), _sizes(arg.sizes))
+            _TensorGuard(
+                arg.index, _number(arg.dtype), arg.dtype.itemsize, len(arg.sizes), arg.aligned, 0, _sizes(arg.sizes)
+            )
             for arg in binding.tensors
         ]
         constants = [_Constant(index, isinstance(value, bool), int(value)) for index, value in binding.constants]
+        constants += [_Constant(index, 0, 0) for index in binding.absent]  # None is a null pointer
         fields = [
             _Field(field.kind, field.index, field.dim, struct.calcsize(binding.params_format[:i] + "0" + code))
             for i, (field, code) in enumerate(zip(binding.fields, binding.params_format, strict=True))
@@ -153,8 +158,8 @@ class NativeDispatcher:
             _Variant(
                 variant.tokens,
                 variant.kernel.address,
-                variant.shape.tokens_per_block,
-                variant.shape.blocks_per_group,
+                variant.shape.units_per_token,
+                variant.shape.units_per_block,
                 variant.shape.align,
                 variant.kernel.block,
                 variant.kernel.shared_bytes,
@@ -202,9 +207,11 @@ def load_native() -> NativeDispatcher | None:
     try:
         path = build_host_library(_SOURCE, flags, link, torch.__version__)
         return NativeDispatcher(ctypes.CDLL(str(path)))
+    except TargetUnavailable as error:  # no compiler
+        logger.info("calls go through Python, at some tens of microseconds each: %s", error)
     except (AutofuseError, OSError, AttributeError) as error:
-        logger.info("calls go through Python, at some microseconds more each: %s", error)
-        return None
+        logger.warning("calls go through Python, at some tens of microseconds each: %s", error)
+    return None
 
 
 def _table(kind: type[Any], rows: Sequence[Any]) -> list[Any]:
