@@ -126,12 +126,13 @@ __device__ __forceinline__ void load_table(const TableElement* from, float (&val
 
 // The rotated unit: x · cos ∓ partner · sin (Su et al. 2021, "RoFormer"), pairing element i with i + ROPE/2 (NeoX) or even
 // with odd neighbours (GPT-J).
+template <bool IS_NEOX>
 __device__ __forceinline__ Vec rotate(const Params& p, Unit unit, const Vec& x, const Vec& partner, i64 position) {
     const int part = (unit.index - COPIES) % ROTATE;
     const TableElement* row = p.table + position * p.table_row;
     float values[SIZE], results[SIZE];
     x.unpack(values);
-    if constexpr (NEOX) {
+    if constexpr (IS_NEOX) {
         float others[SIZE], cosines[SIZE], sines[SIZE];
         partner.unpack(others);
         const int at = (part * SIZE) % HALF;
@@ -205,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
             }
         } else {
             const int rotated = unit.index - COPIES, head = rotated / ROTATE, part = rotated - head * ROTATE;
-            const Vec result = rotate(p, unit, values[u], partners[u], positions[u]);
+            const Vec result = rotate<NEOX>(p, unit, values[u], partners[u], positions[u]);
             if (head < HEADS) {
                 result.store(p.q_out + (i64(unit.token) * HEADS + head) * Q_ROW + NOPE + part * SIZE);
             } else {

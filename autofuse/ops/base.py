@@ -163,7 +163,7 @@ class FusedOp(ABC):
         return len(torch._C.parse_schema(self.name + self.schema).returns)
 
     def split_plan(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
-        """A call's arguments without the plan, and the plan; PyTorch leaves out trailing arguments that are defaults."""
+        """A call's arguments without the plan, and the plan; PyTorch leaves out trailing ones that are defaults."""
         count = len(torch._C.parse_schema(self.name + self.schema).arguments) - 1
         return tuple(args[:count]), args[count] if len(args) > count else ""
 

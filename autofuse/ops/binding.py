@@ -46,7 +46,7 @@ class Result:
 
 
 class FieldKind(IntEnum):
-    """Where a field of the kernel's parameter struct comes from. The numbers are part of the native dispatcher's ABI."""
+    """Where a field of the kernel's parameter struct comes from. The native dispatcher knows them by number."""
 
     POINTER = 0
     """The data of argument ``index``."""

@@ -39,8 +39,10 @@ def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
     rotated = problem.int("rope_dim") // (2 if problem.int("neox") else 1)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
     angles = size if problem.int("neox") else size // 2
-    return angles * DTYPES[str(problem["table"])].itemsize >= 4 and all(
-        width % size == 0 for width in (problem.int("nope_dim"), problem.int("latent_dim"), rotated)
+    return (
+        size >= 2
+        and angles * DTYPES[str(problem["table"])].itemsize >= 4
+        and all(width % size == 0 for width in (problem.int("nope_dim"), problem.int("latent_dim"), rotated))
     )
 
 
@@ -244,7 +246,8 @@ class MlaRopeKvCacheCat(FusedOp):
         if q_pe.dim() != 3 or kv_c.dim() != 2 or k_pe.dim() != 2 or positions.dim() != 1 or table.dim() != 2:
             raise BadInput(
                 f"{self.name}: q_pe {list(q_pe.shape)}, kv_c {list(kv_c.shape)}, k_pe {list(k_pe.shape)}, positions "
-                f"{list(positions.shape)}, cos_sin_cache {list(table.shape)} are not [T, H, R], [T, L], [T, R], [T], [P, R]"
+                f"{list(positions.shape)}, cos_sin_cache {list(table.shape)} are not "
+                "[T, H, R], [T, L], [T, R], [T], [P, R]"
             )
         tokens, heads, rope_dim = q_pe.shape
         if q_nope is not None and (q_nope.dim() != 3 or q_nope.shape[:2] != q_pe.shape[:2]):
@@ -257,8 +260,8 @@ class MlaRopeKvCacheCat(FusedOp):
                 raise BadInput(f"{self.name}: {name} has {tensor.shape[0]} rows, q_pe {tokens}")
         if k_pe.shape[1] != rope_dim or table.shape[1] != rope_dim:
             raise BadInput(
-                f"{self.name}: rows of q_pe, k_pe and cos_sin_cache have {rope_dim}, {k_pe.shape[1]} and {table.shape[1]} "
-                "elements, which must be one number"
+                f"{self.name}: rows of q_pe, k_pe and cos_sin_cache have {rope_dim}, {k_pe.shape[1]} and "
+                f"{table.shape[1]} elements, which must be one number"
             )
         if positions.dtype != torch.int64 or (slots is not None and slots.dtype != torch.int64):
             raise BadInput(f"{self.name}: positions and slot_mapping must be int64")
@@ -293,8 +296,8 @@ class MlaRopeKvCacheCat(FusedOp):
     def example_args(
         self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
     ) -> tuple[Any, ...]:
-        """q_pe is a slice of the projected query, q_nope comes transposed out of a batched matrix product, kv_c and k_pe
-        are slices of one latent; slots are random rows of a cache of blocks of 64, with the rows around it in use.
+        """q_pe is a slice of the projected query, q_nope comes transposed out of a batched matrix product, kv_c and
+        k_pe are slices of one latent; slots are random rows of a cache of blocks of 64.
         """
         dtype = DTYPES[str(problem["dtype"])]
         heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
