@@ -1,19 +1,66 @@
 // What every GPU kernel here shares: element types, vectors, warp operations, and programmatic dependent launch.
-// Needs no vendor header: conversions are one PTX instruction each, with a plain C++ path beside it.
+// One source for NVRTC (NVIDIA), hiprtc and clang (AMD), and a C++ compiler (the emulator in tests/emulation, whose
+// header comes first and brings what CUDA has built in). Needs no vendor header. What only one of them has stands behind
+// a function with a plain path beside it.
 #pragma once
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#ifdef __CUDA_ARCH__
+#define ON_NVIDIA 1
+#else
+#define ON_NVIDIA 0
+#endif
+#ifdef __HIP__
+#define ON_AMD 1
+#else
+#define ON_AMD 0
+#endif
+#define ON_CPU (!ON_NVIDIA && !ON_AMD)
+
+#if ON_NVIDIA && __CUDA_ARCH__ >= 800
 #define HAVE_PTX_BF16 1  // cvt.rn.bf16x2.f32
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if ON_NVIDIA && __CUDA_ARCH__ >= 900
 #define HAVE_GRIDDEP 1  // griddepcontrol
 #endif
 
+#ifndef WARP_SIZE  // given for AMD: 64 lanes on CDNA
 #define WARP_SIZE 32
+#endif
+#ifndef NAMED_BARRIERS  // given to the emulator, which can do with and without
+#define NAMED_BARRIERS ON_NVIDIA
+#endif
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+
+#if ON_AMD
+#ifdef __AMDGCN_WAVEFRONT_SIZE__
+static_assert(WARP_SIZE == __AMDGCN_WAVEFRONT_SIZE__, "WARP_SIZE is not the width that is compiled for");
+#endif
+#ifndef __HIPCC_RTC__  // clang without ROCm's headers; hiprtc brings these itself
+#define __device__ __attribute__((device))
+#define __global__ __attribute__((global))
+#define __shared__ __attribute__((shared))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(threads) __attribute__((launch_bounds(threads)))
+
+struct OneDimension {
+    u32 x;
+};
+#define threadIdx (OneDimension{__builtin_amdgcn_workitem_id_x()})
+#define blockIdx (OneDimension{__builtin_amdgcn_workgroup_id_x()})
+
+__device__ __forceinline__ void __syncthreads() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+__device__ __forceinline__ u32 __float_as_uint(float value) { return __builtin_bit_cast(u32, value); }
+__device__ __forceinline__ float __uint_as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
+__device__ __forceinline__ float rsqrtf(float value) { return __builtin_amdgcn_rsqf(value); }
+#endif
+#endif
 
 // ---- Element types. Two 16-bit elements travel as one u32, the first in its low half. -------------------------------
 
@@ -55,6 +102,7 @@ struct Pair<bf16> {
 template <>
 struct Pair<fp16> {
     static __device__ __forceinline__ u32 pack(float a, float b) {
+#if ON_NVIDIA
         u32 packed;
         asm("{ .reg .f16 lo, hi;\n\t"
             "cvt.rn.f16.f32 lo, %1;\n\t"
@@ -63,14 +111,22 @@ struct Pair<fp16> {
             : "=r"(packed)
             : "f"(a), "f"(b));
         return packed;
+#else
+        return __builtin_bit_cast(u16, _Float16(a)) | u32(__builtin_bit_cast(u16, _Float16(b))) << 16;
+#endif
     }
     static __device__ __forceinline__ void unpack(u32 packed, float& a, float& b) {
+#if ON_NVIDIA
         asm("{ .reg .f16 lo, hi;\n\t"
             "mov.b32 {lo, hi}, %2;\n\t"
             "cvt.f32.f16 %0, lo;\n\t"
             "cvt.f32.f16 %1, hi; }"
             : "=f"(a), "=f"(b)
             : "r"(packed));
+#else
+        a = float(__builtin_bit_cast(_Float16, u16(packed)));
+        b = float(__builtin_bit_cast(_Float16, u16(packed >> 16)));
+#endif
     }
 };
 
@@ -80,11 +136,19 @@ template <int N_BYTES>
 struct RawVector;
 template <>
 struct RawVector<16> {
+#if ON_NVIDIA
     typedef uint4 type;
+#else
+    typedef u32 type __attribute__((vector_size(16)));
+#endif
 };
 template <>
 struct RawVector<8> {
+#if ON_NVIDIA
     typedef uint2 type;
+#else
+    typedef u32 type __attribute__((vector_size(8)));
+#endif
 };
 template <>
 struct RawVector<4> {
@@ -126,7 +190,15 @@ struct Vector {
 
     // For data that nobody reads again: the first to leave the caches. Not the non-coherent path (ld.global.nc): under
     // programmatic dependent launch the data may be written while this kernel is alive.
-    __device__ __forceinline__ void load_once(const E* from) { raw = __ldcs(reinterpret_cast<const Raw*>(from)); }
+    __device__ __forceinline__ void load_once(const E* from) {
+#if ON_NVIDIA
+        raw = __ldcs(reinterpret_cast<const Raw*>(from));
+#elif ON_AMD
+        raw = __builtin_nontemporal_load(reinterpret_cast<const Raw*>(from));
+#else
+        load(from);
+#endif
+    }
 };
 
 // Rounds each value to E and back.
@@ -138,17 +210,46 @@ __device__ __forceinline__ void round_to(float (&values)[N]) {
     }
 }
 
-// ---- Warps ----------------------------------------------------------------------------------------------------------
+// ---- Warps and barriers ---------------------------------------------------------------------------------------------
+
+// The value of the lane whose number differs in the bits of `mask`. All lanes of the warp must call it.
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+#if ON_AMD
+    const int lane = __builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u));
+    return __uint_as_float(__builtin_amdgcn_ds_bpermute((lane ^ mask) * 4, __float_as_uint(value)));
+#else
+    return __shfl_xor_sync(~0ull >> (64 - WARP_SIZE), value, mask);
+#endif
+}
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
     return value;
 }
 
-// A barrier among `threads` consecutive threads (whole warps) that share `id` (1 to 15; 0 is __syncthreads).
+// `value`, which all lanes of the warp agree on. Branch on it, and AMD's compiler makes a jump of the branch; otherwise
+// every warp goes through both sides with lanes masked off, barriers included.
+__device__ __forceinline__ int warp_uniform(int value) {
+#if ON_AMD
+    return __builtin_amdgcn_readfirstlane(value);
+#elif ON_CPU
+    return emulated_warp_uniform(value);
+#else
+    return value;
+#endif
+}
+
+// A barrier among `threads` consecutive threads (whole warps) that share `id` (1 to 15; 0 is __syncthreads). Without
+// NAMED_BARRIERS it is the block's: every thread of the block must come to one, from wherever it is.
 __device__ __forceinline__ void sync_team(int id, int threads) {
+#if !NAMED_BARRIERS
+    __syncthreads();
+#elif ON_CPU
+    emulated_named_barrier(id, threads);
+#else
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
 }
 
 // ---- Programmatic dependent launch (sm_90 and later) ---------------------------------------------------------------
@@ -164,16 +265,24 @@ __device__ __forceinline__ void let_next_kernel_start() {
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if HAVE_GRIDDEP
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif ON_CPU
+    emulated_wait_for_previous_kernel();
 #endif
 }
 // The 128 bytes around `address`. One thread a line: the bulk prefetch of sm_90, a row for each instruction, was no
 // faster for few rows and slower for many.
 __device__ __forceinline__ void prefetch_line_to_l2(const void* address) {
+#if ON_NVIDIA
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
 }
 
 __device__ __forceinline__ u32 multiprocessors() {
+#if ON_NVIDIA
     u32 count;
     asm("mov.u32 %0, %%nsmid;" : "=r"(count));
     return count;
+#else
+    return 1;
+#endif
 }

@@ -106,7 +106,8 @@ struct Half {
             }
             sum[u] = warp_sum(sum[u]);
         }
-        if (WARPS > 1) {
+        // Without named barriers all halves of the block share one, so a half of one warp comes to it as well.
+        if (WARPS > 1 || (!NAMED_BARRIERS && TEAM_WARPS > 2)) {
             if (lane % WARP_SIZE == 0) {
 #pragma unroll
                 for (int u = 0; u < UNROLL; ++u) sums[u * WARPS + lane / WARP_SIZE] = sum[u];
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_dual_rms_norm(const Pa
     const int lane = threadIdx.x - team * TEAM_WARPS * WARP_SIZE;
     const int first = blockIdx.x * (ROWS * UNROLL) + team;
     float* team_sums = sums + team * TEAM_WARPS * UNROLL;
-    if (warp - team * TEAM_WARPS < Q_WARPS) {
+    if (warp_uniform(warp - team * TEAM_WARPS) < Q_WARPS) {
         Half<Q_WIDTH, Q_WARPS>::run(p.q, p.q_stride, p.q_weight, p.q_out, p.q_eps, first, p.tokens, lane, 1 + 2 * team,
                                     team_sums);
     } else {

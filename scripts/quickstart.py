@@ -50,7 +50,19 @@ def main() -> None:
     device = parse_device("auto")
     target = target_of(device)
     heading(f"1. Tune for {target}")
-    command = ["tune", "--model", "deepseek-v3", "--tokens", TUNED_TOKENS, "--effort", "quick", "--device", str(device)]
+    command = [
+        "tune",
+        "--op",
+        "mla_dual_rms_norm",
+        "--model",
+        "deepseek-v3",
+        "--tokens",
+        TUNED_TOKENS,
+        "--effort",
+        "quick",
+        "--device",
+        str(device),
+    ]
     print(f"$ autofuse {' '.join(command)}", flush=True)
     if code := run(command):
         sys.exit(code)

@@ -55,10 +55,11 @@ def plan_of(problem: Problem, config: Config, device: torch.device) -> Plan:
 
 
 def assert_right(op: FusedOp, problem: Problem, args: tuple[Any, ...], results: tuple[torch.Tensor, ...]) -> None:
-    for result, exact in zip(results, op.exact(*args), strict=True):
+    """What the op wrote into its arguments is compared by ``verify``; here only what it returned."""
+    for index, (result, exact) in enumerate(zip(results, op.exact(*args)[: op.result_count], strict=True)):
         assert result.shape == exact.shape
         assert result.is_contiguous()
-        assert op.tolerance(problem).error(result, exact) <= 1.0
+        assert op.tolerance(problem, index).error(result, exact) <= 1.0
 
 
 @pytest.mark.parametrize("problem", SWEEP)

@@ -22,6 +22,8 @@ class Effort:
         trial_rounds: timed rounds per config.
         finalists: best configs that are measured again beside the baselines.
         final_rounds: interleaved rounds for them; the gain's interval comes from these.
+        steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
+        attempts: such a measurement is made at most so many times; the steadiest counts.
         round_us: length of one timed round on a GPU, in µs; short rounds would measure the clock.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
@@ -39,6 +41,8 @@ class Effort:
     trial_rounds: int = 7
     finalists: int = 4
     final_rounds: int = 25
+    steady_interval: float = 1.15
+    attempts: int = 4
     round_us: float = 2_000.0
     cpu_round_us: float = 3_000.0
     warmup_rounds: int = 2

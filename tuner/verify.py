@@ -49,6 +49,9 @@ def verify(
                 first = [*call(*args), *_take_mutated(op, args, before)]
                 second = [*call(*args), *_take_mutated(op, args, before)]
             where = f"T={count}, seed {seed}"
+            for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
+                if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
+                    raise WrongResult(f"{where}: input {index} was changed")
             for index, (out, again, right) in enumerate(zip(first, second, exact, strict=True)):
                 error = op.tolerance(problem, index).error(out, right)
                 if not error <= 1.0:
@@ -56,9 +59,6 @@ def verify(
                 if not torch.equal(out, again):
                     raise WrongResult(f"{where}: result {index} differs between two runs on the same inputs")
                 worst = max(worst, error)
-            for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
-                if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
-                    raise WrongResult(f"{where}: input {index} was changed")
     return worst
 
 

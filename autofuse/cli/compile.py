@@ -104,7 +104,8 @@ def _print(jobs: Sequence[_Job]) -> None:
         rows = []
         for job in group:
             facts = _as_dict(job)
-            rows.append([facts[name] for name in ("seconds", "registers", "spill_bytes", "shared_bytes", "config")])
+            seconds = None if job.artifact is None else f"{job.artifact.seconds:.2f}"
+            rows.append([seconds, *(facts[name] for name in ("registers", "spill_bytes", "shared_bytes", "config"))])
         print_table(title, [">s", ">registers", ">spilled", ">shared", "config"], rows)
 
 

@@ -35,5 +35,5 @@ def get_op(name: str) -> FusedOp:
     if name not in OPS:
         close = difflib.get_close_matches(name, OPS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise BadInput(f"there is no op {name!r}{hint} The ops are: {', '.join(OPS)}")
+        raise BadInput(f"op {name!r} is none of {', '.join(OPS)}{hint}")
     return OPS[name]

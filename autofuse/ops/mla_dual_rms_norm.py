@@ -28,12 +28,17 @@ def _element_bytes(problem: Problem) -> int:
     return DTYPES[str(problem["dtype"])].itemsize
 
 
+def _lanes(config: Mapping[str, int]) -> int:
+    """Lanes of a warp: a constant of each vendor's space, 32 where it is not given."""
+    return config.get("WARP_SIZE", _WARP)
+
+
 def _halves(config: Config, problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """(vectors in a row, lanes that share it) of the q and of the kv half."""
     size = config["VEC_BYTES"] // _element_bytes(problem)
     return (
-        (problem.int("q_lora_rank") // size, _WARP * config["Q_WARPS"]),
-        (problem.int("kv_lora_rank") // size, _WARP * config["KV_WARPS"]),
+        (problem.int("q_lora_rank") // size, _lanes(config) * config["Q_WARPS"]),
+        (problem.int("kv_lora_rank") // size, _lanes(config) * config["KV_WARPS"]),
     )
 
 
@@ -43,7 +48,8 @@ def _whole_vectors(config: Config, problem: Problem, tokens: int) -> bool:
 
 
 def _no_idle_warp(config: Config, problem: Problem, tokens: int) -> bool:
-    return all(lanes == _WARP or vectors > lanes - _WARP for vectors, lanes in _halves(config, problem))
+    warp = _lanes(config)
+    return all(lanes == warp or vectors > lanes - warp for vectors, lanes in _halves(config, problem))
 
 
 def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
@@ -81,7 +87,7 @@ _GPU_SPACE = SearchSpace(
         Constraint(f"the rows in flight must fit {_ROW_REGISTERS} registers of a thread", _fits_registers),
         Constraint(
             f"a block has at most {_MAX_THREADS} threads",
-            lambda c, p, t: c["ROWS"] * (c["Q_WARPS"] + c["KV_WARPS"]) * _WARP <= _MAX_THREADS,
+            lambda c, p, t: c["ROWS"] * (c["Q_WARPS"] + c["KV_WARPS"]) * _lanes(c) <= _MAX_THREADS,
         ),
         Constraint(
             f"a block has {_NAMED_BARRIERS} named barriers, two for each of its ROWS",
@@ -100,6 +106,21 @@ _GPU_SPACE = SearchSpace(
             lambda c, p, t: c["PREFETCH"] <= 1 or t > _FEW_BLOCKS * c["ROWS"] * c["UNROLL"],
         ),
     ),
+)
+
+
+# What AMD has no choice in: CDNA's warps of 64 lanes, and nothing like programmatic dependent launch.
+_HIP_FIXED = {
+    "WARP_SIZE": (64, "lanes of a warp"),
+    "PDL": (0, "only NVIDIA has it"),
+    "PREFETCH": (0, "only with PDL"),
+}
+_HIP_SPACE = SearchSpace(
+    (
+        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
+        *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
+    ),
+    _GPU_SPACE.constraints,
 )
 
 
@@ -152,6 +173,16 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
     )
 
 
+def _hip_default(problem: Problem, tokens: int) -> Config:
+    # Half the warps of 32 lanes, twice as wide.
+    config = _gpu_default(problem, tokens)
+    q_warps, kv_warps = (
+        next(w for w in (3, 2, 1) if w <= max(config[name] // 2, 1)) for name in ("Q_WARPS", "KV_WARPS")
+    )
+    fixed = {name: value for name, (value, _) in _HIP_FIXED.items()}
+    return Config.of(config, Q_WARPS=q_warps, KV_WARPS=kv_warps, **fixed)
+
+
 def _cpu_default(problem: Problem, tokens: int) -> Config:
     threads = 1 if tokens <= 32 else thread_counts()[-1]
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
@@ -182,6 +213,7 @@ class MlaDualRmsNorm(FusedOp):
     )
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
         "cuda": KernelSource("mla_dual_rms_norm.cu", _GPU_SPACE, _gpu_default),
+        "hip": KernelSource("mla_dual_rms_norm.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("mla_dual_rms_norm.cpp", _CPU_SPACE, _cpu_default),
     }
 
@@ -309,7 +341,7 @@ class MlaDualRmsNorm(FusedOp):
         return (2 * tokens + 1) * width * _element_bytes(problem)
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
-        block = _WARP * config["ROWS"] * (config["Q_WARPS"] + config["KV_WARPS"]) if kind == "cuda" else 1
+        block = 1 if kind == "cpu" else _lanes(config) * config["ROWS"] * (config["Q_WARPS"] + config["KV_WARPS"])
         return KernelSpec(
             source=self.kernel_source(kind).file,
             entry=self.name,

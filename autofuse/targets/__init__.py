@@ -10,6 +10,7 @@ from autofuse.errors import BadInput, TargetUnavailable
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
 from autofuse.targets.cpu import CpuToolchain, build_host_library
 from autofuse.targets.cuda import CudaToolchain
+from autofuse.targets.hip import HipToolchain
 
 __all__ = [
     "KINDS",
@@ -27,7 +28,7 @@ __all__ = [
     "toolchain",
 ]
 
-_TOOLCHAINS: dict[str, type[Toolchain]] = {"cpu": CpuToolchain, "cuda": CudaToolchain}
+_TOOLCHAINS: dict[str, type[Toolchain]] = {"cpu": CpuToolchain, "cuda": CudaToolchain, "hip": HipToolchain}
 
 KINDS = tuple(_TOOLCHAINS)
 
@@ -48,8 +49,8 @@ def target_of(device: torch.device) -> Target:
 
 
 def kind_of_arch(arch: str) -> str:
-    """The kind of target that an arch's name belongs to: ``sm_*`` is ``cuda``, anything else the CPU's."""
-    return "cuda" if arch.startswith("sm_") else "cpu"
+    """The kind of target that an arch's name belongs to: ``sm_*`` cuda, ``gfx*`` hip, anything else the CPU's."""
+    return "cuda" if arch.startswith("sm_") else "hip" if arch.startswith("gfx") else "cpu"
 
 
 def parse_device(text: str) -> torch.device:
@@ -59,9 +60,9 @@ def parse_device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise BadInput(f"device {text!r} is none of auto, {', '.join(KINDS)}, cuda:N") from None
-    if device.type not in KINDS:
-        raise BadInput(f"device {text!r} is none of auto, {', '.join(KINDS)}, cuda:N")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):  # PyTorch calls AMD's GPUs cuda, too
+        raise BadInput(f"device {text!r} is none of auto, cpu, cuda, cuda:N")
     target_of(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,80 @@
+"""Plans as text, the lazy package, and the native dispatcher where it cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autofuse
+from autofuse.errors import BadInput
+from autofuse.runtime.native import load_native
+from autofuse.runtime.plan import Plan
+
+TEXT = "sm_90a|mla_dual_rms_norm(dtype=bf16)|1:ROWS=1|64:ROWS=2|1024:ROWS=4"
+
+
+def test_a_call_runs_the_next_larger_bucket_or_the_largest() -> None:
+    plan = Plan.parse(TEXT)
+    configs = {tokens: str(plan.config_for(tokens)) for tokens in (0, 1, 2, 64, 65, 1024, 9999)}
+    assert configs == {0: "ROWS=1", 1: "ROWS=1", 2: "ROWS=2", 64: "ROWS=2"} | dict.fromkeys((65, 1024, 9999), "ROWS=4")
+
+
+def test_a_plan_is_named_by_its_content() -> None:
+    plan = Plan.parse(TEXT)
+    assert str(plan) == TEXT
+    assert Plan.parse(TEXT).name == plan.name
+    assert Plan.parse(TEXT.replace("ROWS=4", "ROWS=2")).name != plan.name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sm_90a",
+        "sm_90a|op(a=1)",
+        "|op(a=1)|1:A=1",
+        "sm_90a|op|1:A=1",
+        "sm_90a|op(a=1)|A=1",
+        "sm_90a|op(a=1)|x:A=1",
+        "sm_90a|op(a=1)|64:A=1|1:A=1",
+        "sm_90a|op(a=1)|1:A=1|1:A=2",
+        "sm_90a|op(a=1)|1:A=x",
+        "sm_90a|op(a=1)|1:A=1,A=2",
+    ],
+)
+def test_malformed_plans_are_refused(text: str) -> None:
+    with pytest.raises(BadInput):
+        Plan.parse(text)
+
+
+def test_importing_autofuse_registers_the_ops_and_loads_neither_tuner_nor_graph_passes() -> None:
+    script = (
+        "import sys, autofuse, torch\n"
+        "torch.ops.autofuse.mla_dual_rms_norm.default\n"
+        "heavy = ('optuna', 'sqlite_utils', 'transformers', 'autofuse.tuner', 'autofuse.graph')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_public_names_are_there() -> None:
+    assert callable(autofuse.tune)
+    assert callable(autofuse.explain)
+    assert {"tune", "explain", "AutofuseError", "__version__"} <= set(dir(autofuse))
+    with pytest.raises(AttributeError, match="module 'autofuse' has no attribute 'fuse'"):
+        _ = autofuse.fuse
+
+
+def test_without_a_compiler_calls_go_through_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load_native() is None
+
+
+def test_the_native_dispatcher_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOFUSE_NATIVE", "0")
+    assert load_native() is None

@@ -1,0 +1,276 @@
+"""The tuning job: it remembers everything, measures nothing twice, and lets no wrong kernel win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import autofuse
+from autofuse.cache_db import Captured, TunedDatabase, Winner
+from autofuse.errors import AutofuseError, BadInput, TargetUnavailable, UnsupportedCall
+from autofuse.ops import Problem, get_op
+from autofuse.targets import target_of
+from autofuse.tuner import api
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, tune_buckets
+from autofuse.tuner.verify import WrongResult, verify
+
+CPU = torch.device("cpu")
+NORMS = get_op("mla_dual_rms_norm")
+EditKernels = Callable[[str, str, str], None]
+
+
+def norms(q: int = 96, kv: int = 40) -> Problem:
+    return NORMS.make_problem(dtype="bf16", q_lora_rank=q, kv_lora_rank=kv, cast_before_weight=True)
+
+
+def tune(database: TunedDatabase, effort: Effort, problem: Problem, tokens: int = 4, **options: Any) -> list[Winner]:
+    return tune_buckets([Bucket(problem, tokens)], CPU, database, effort, **options)
+
+
+def rows(database: TunedDatabase, problem: Problem, tokens: int = 4) -> list[Any]:
+    return database.trials(target_of(CPU), problem, tokens, NORMS.source_hash("cpu"))
+
+
+# The job
+
+
+def test_tuning_leaves_trials_baselines_and_a_winner(device: torch.device, tiny: Effort) -> None:
+    problem = norms()
+    events: list[Event] = []
+    with TunedDatabase() as database:
+        (winner,) = tune_buckets([Bucket(problem, 4)], device, database, tiny, on_event=events.append)
+        trials = database.trials(target_of(device), problem, 4, NORMS.source_hash(device.type))
+        assert database.winner(target_of(device), problem, 4) == winner
+        baselines = database.baselines(target_of(device), problem, 4)
+        assert database.provenance(winner.provenance)["torch"] == torch.__version__
+    assert [trial.status for trial in trials] == ["ok"] * tiny.trials
+    assert winner.config in {trial.config for trial in trials}
+    assert baselines.keys() == {"eager", "compile"} | ({"graph"} if device.type == "cpu" else set())
+    assert winner.baseline_us == min(baseline.time_us for baseline in baselines.values())
+    assert sum(isinstance(event, TrialDone) for event in events) == tiny.trials
+    assert events[-1] == BucketDone(Bucket(problem, 4), winner, measured=True)
+
+
+def test_tuning_twice_measures_nothing_twice(tiny: Effort) -> None:
+    events: list[Event] = []
+    with TunedDatabase() as database:
+        first = tune(database, tiny, norms())
+        before = rows(database, norms())
+        again = tune(database, tiny, norms(), on_event=events.append)
+        assert rows(database, norms()) == before
+    assert again == first
+    assert events[-1] == BucketDone(Bucket(norms(), 4), first[0], measured=False)
+    assert not any(isinstance(event, TrialDone) for event in events)
+
+
+def test_retuning_measures_again(tiny: Effort) -> None:
+    events: list[Event] = []
+    with TunedDatabase() as database:
+        tune(database, tiny, norms())
+        tune(database, tiny, norms(), retune=True, on_event=events.append)
+    assert sum(isinstance(event, TrialDone) for event in events) == tiny.trials
+
+
+def test_an_interrupted_job_keeps_its_rows_and_goes_on_from_there(tiny: Effort) -> None:
+    def interrupt_after(count: int) -> Callable[[Event], None]:
+        seen: list[Event] = []
+
+        def on_event(event: Event) -> None:
+            seen.append(event)
+            if sum(isinstance(each, TrialDone) for each in seen) == count:
+                raise KeyboardInterrupt
+
+        return on_event
+
+    events: list[Event] = []
+    with TunedDatabase() as database:
+        with pytest.raises(KeyboardInterrupt):
+            tune(database, tiny, norms(), on_event=interrupt_after(3))
+        kept = rows(database, norms())
+        assert len(kept) == 3
+        tune(database, tiny, norms(), on_event=events.append)
+        assert {trial.config for trial in kept} < {trial.config for trial in rows(database, norms())}
+    assert sum(isinstance(event, TrialDone) for event in events) == tiny.trials - 3
+
+
+def test_a_changed_kernel_is_tuned_anew(tiny: Effort, edit_kernels: EditKernels) -> None:
+    problem = norms(q=136)
+    with TunedDatabase() as database:
+        (old,) = tune(database, tiny, problem)
+        edit_kernels("mla_dual_rms_norm.cpp", "Params p = *params;", "Params p = *params;  // as before")
+        (new,) = tune(database, tiny, problem)
+    assert new.source_hash != old.source_hash
+
+
+# Failures are rows
+
+
+def test_a_wrong_kernel_never_wins(tiny: Effort, edit_kernels: EditKernels) -> None:
+    problem = norms(q=144)
+    edit_kernels("mla_dual_rms_norm.cpp", "sum / WIDTH", "sum * 1.05f / WIDTH")
+    with TunedDatabase() as database:
+        assert tune(database, tiny, problem) == []
+        trials = rows(database, problem)
+        assert database.winners() == []
+    assert {trial.status for trial in trials} == {"wrong"}
+    assert "times the tolerance from the reference" in trials[0].message
+
+
+def test_a_kernel_that_forgets_a_row_is_wrong(tiny: Effort, edit_kernels: EditKernels) -> None:
+    problem = norms(q=152)
+    edit_kernels("mla_dual_rms_norm.cpp", "first + TASK_ROWS : p.tokens", "first + TASK_ROWS : p.tokens - 1")
+    with TunedDatabase() as database:
+        tune(database, tiny, problem)
+        assert {trial.status for trial in rows(database, problem)} == {"wrong"}
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_with_the_compilers_words(
+    tiny: Effort, edit_kernels: EditKernels
+) -> None:
+    problem = norms(q=160)
+    edit_kernels("mla_dual_rms_norm.cpp", "const Params p = *params;", "const Params p = *params; no_such_name();")
+    with TunedDatabase() as database:
+        assert tune(database, tiny, problem) == []
+        trials = database.failures()
+    assert [trial.status for trial in trials] == ["compile_error"] * tiny.trials
+    assert "no_such_name" in trials[0].message
+
+
+def test_one_config_that_fails_leaves_the_others_to_win(tiny: Effort, edit_kernels: EditKernels) -> None:
+    problem = norms(q=168)
+    broken = "#if VECTOR_BYTES == 32\n#error not this one\n#endif\nstruct Params"
+    edit_kernels("mla_dual_rms_norm.cpp", "struct Params", broken)
+    with TunedDatabase() as database:
+        (winner,) = tune(database, replace(tiny, exhaustive_up_to=100), problem)
+        statuses = {trial.config["VECTOR_BYTES"]: trial.status for trial in rows(database, problem)}
+    assert statuses == {32: "compile_error", 64: "ok"}
+    assert winner.config["VECTOR_BYTES"] == 64
+
+
+def test_no_compiler_is_an_error_and_no_row(tiny: Effort, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with TunedDatabase() as database:
+        with pytest.raises(TargetUnavailable, match="CXX='no-such-compiler'"):
+            tune(database, tiny, norms(q=176))
+        assert rows(database, norms(q=176)) == []
+
+
+# Verification
+
+
+def broken_by(change: Callable[[list[torch.Tensor], tuple[Any, ...]], None]) -> Callable[..., Any]:
+    def call(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = list(NORMS.reference(*args))
+        change(results, args)
+        return tuple(results)
+
+    return call
+
+
+def test_the_reference_is_right(tiny: Effort) -> None:
+    assert verify(NORMS, norms(), 8, NORMS.reference, CPU, tiny) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda results, args: results[1][-1:].mul_(1.02), "result 1 is .* times the tolerance"),
+        (lambda results, args: results[0][0, :1].fill_(float("nan")), "result 0 is inf times the tolerance"),
+        (lambda results, args: results.__setitem__(0, torch.empty_like(results[0])), "result 0 is inf"),
+        (lambda results, args: args[2][0, :1].add_(1), "times the tolerance|input .* was changed"),
+        (lambda results, args: args[0]._base[:, -1].zero_(), "input .* was changed"),
+    ],
+    ids=["a wrong row", "a NaN", "an unwritten result", "a changed input", "a write beside a view"],
+)
+def test_verification_catches(change: Any, message: str, tiny: Effort) -> None:
+    with pytest.raises(WrongResult, match=message):
+        verify(NORMS, norms(), 8, broken_by(change), CPU, tiny)
+
+
+# From what a person asks to buckets
+
+
+def test_tune_from_python_returns_the_winners(tiny: Effort) -> None:
+    config = {"q_lora_rank": 96, "kv_lora_rank": 40}
+    winners = autofuse.tune(config, tokens=[4], device="cpu", effort=tiny)
+    assert [(winner.problem, winner.tokens) for winner in winners] == [(norms(), 4)]
+
+
+@pytest.mark.parametrize("text", ["", "1,,x", "0", "-3", "1e9", "1.5", "1 2", "٣", "9" * 30, "1048577"])
+def test_malformed_tokens_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match=r"^tokens "):
+        api.parse_tokens(text)
+
+
+def test_tokens_may_be_a_list() -> None:
+    assert api.parse_tokens([64, 1, 64]) == (1, 64)
+    with pytest.raises(BadInput, match="there are none"):
+        api.parse_tokens([])
+
+
+def test_a_model_gives_its_problems_at_each_t() -> None:
+    buckets = api.model_buckets("deepseek-v3", [1, 64], "fp16", ["mla_dual_rms_norm"])
+    assert [(str(bucket.problem["dtype"]), bucket.tokens) for bucket in buckets] == [("fp16", 1), ("fp16", 64)]
+    norms = ["mla_dual_rms_norm"]
+    assert api.model_buckets(None, [1], ops=norms) == api.model_buckets("deepseek-v3", [1], ops=norms)  # one width
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("deepseek-v9", "did you mean deepseek-v"),
+        ({"q_lora_rank": None, "kv_lora_rank": 512}, "has no use for mla_dual_rms_norm"),
+        ({"q_lora_rank": "wide", "kv_lora_rank": 512}, "its config does not suit mla_dual_rms_norm"),
+        (42, "not int"),
+    ],
+)
+def test_models_without_problems_are_refused(model: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        api.model_buckets(model, [1])
+
+
+def test_a_problem_must_be_complete_and_canonical() -> None:
+    assert api.checked_problem(norms()) == norms()
+    for text, message in {
+        "mla_dual_rms_norm(dtype=bf16)": "lacks q_lora_rank",
+        "mla_dual_rms_norm(dtype=fp32,q_lora_rank=96,kv_lora_rank=40,cast_before_weight=1)": "the nearest is",
+        "mla_dual_rms_norm(dtype=bf16,q_lora_rank=x,kv_lora_rank=40,cast_before_weight=1)": "invalid literal",
+        "mla_dual_rms(dtype=bf16)": "did you mean mla_dual_rms_norm",
+    }.items():
+        with pytest.raises(BadInput, match=message):
+            api.checked_problem(Problem.parse(text))
+    with pytest.raises(UnsupportedCall, match="dtype 'fp64'"):
+        api.checked_problem(Problem.parse(str(norms()).replace("bf16", "fp64")))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tokens"),
+    [(16, 16, [16]), (0, 0, [1]), (2, 1 << 31, [64, 1024, 8192]), (2, 100, [64, 1024]), (9000, 1 << 31, [9000])],
+)
+def test_a_captured_site_needs_the_buckets_that_serve_it(low: int, high: int, tokens: list[int]) -> None:
+    buckets = api.captured_buckets(Captured(target_of(CPU), norms(), low, high))
+    assert [bucket.tokens for bucket in buckets] == tokens
+
+
+def test_a_captured_site_is_forgotten_once_all_its_buckets_are_tuned(tiny: Effort) -> None:
+    site = Captured(target_of(CPU), norms(), 4, 4)
+    other = Captured(target_of(CPU), norms(q=48), 4, 4)
+    with TunedDatabase() as database:
+        for each in (site, other):
+            database.record_captured(each)
+        sites = {each: api.captured_buckets(each) for each in (site, other)}
+        tune(database, tiny, norms(), on_event=api.forget_when_tuned(database, sites, lambda event: None))
+        assert [each.problem for each in database.captured()] == [other.problem]
+
+
+def test_tuning_in_another_process_says_what_went_wrong() -> None:
+    problem = Problem("mla_dual_rms_norm", (("dtype", "bf16"),))
+    with pytest.raises(AutofuseError) as failure:
+        api.tune_site(problem, [1], CPU)
+    assert str(failure.value) == f"tuning {problem} failed: problem {problem} lacks q_lora_rank"

@@ -1,0 +1,113 @@
+"""Search: reproducible, inside the space, and never the same config twice. No kernel runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from autofuse.errors import BadInput
+from autofuse.ops import Config, get_op
+from autofuse.tuner.budgets import EFFORTS, Effort, effort
+from autofuse.tuner.measure import Timing, gain
+from autofuse.tuner.search import ExhaustiveSearch, Search, TpeSearch, search_for
+
+NORMS = get_op("mla_dual_rms_norm")
+PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
+SPACE = NORMS.kernel_source("cuda").space
+TOKENS = 1024
+EFFORT = Effort(trials=40, startup_trials=10, batch=4)
+
+
+def pretended_time(config: Config) -> float:
+    """A landscape with one best corner, in µs."""
+    return 1.0 + abs(config["ROWS"] - 2) + abs(config["Q_WARPS"] - 3) + (16 - config["VEC_BYTES"]) / 4
+
+
+def new_search(known: Mapping[Config, float | None] | None = None, seed: int = 0, effort: Effort = EFFORT) -> Search:
+    default = NORMS.default_config("cuda", PROBLEM, TOKENS)
+    return search_for(SPACE, PROBLEM, TOKENS, known or {}, [default], effort, seed)
+
+
+def run(search: Search) -> dict[Config, float]:
+    times: dict[Config, float] = {}
+    for batch in search.batches():
+        for config in batch:
+            assert config not in times, "proposed twice"
+            times[config] = pretended_time(config)
+            search.tell(config, times[config])
+    return times
+
+
+def test_a_large_space_is_searched_by_tpe_and_a_small_one_whole() -> None:
+    assert isinstance(new_search(), TpeSearch)
+    assert isinstance(new_search(effort=EFFORTS["exhaustive"]), ExhaustiveSearch)
+
+
+def test_the_same_seed_proposes_the_same_configs() -> None:
+    assert list(run(new_search(seed=7))) == list(run(new_search(seed=7)))
+    assert list(run(new_search(seed=7))) != list(run(new_search(seed=8)))
+
+
+def test_the_default_config_is_measured_first() -> None:
+    assert next(iter(run(new_search()))) == NORMS.default_config("cuda", PROBLEM, TOKENS)
+
+
+def test_every_proposal_is_a_point_of_the_space() -> None:
+    times = run(new_search())
+    assert len(times) == EFFORT.trials
+    assert [SPACE.refusal(config, PROBLEM, TOKENS) for config in times] == [None] * EFFORT.trials
+
+
+def test_a_resumed_search_proposes_only_what_is_left() -> None:
+    first = dict(list(run(new_search()).items())[:15])
+    rest = run(new_search(known=first))
+    assert len(rest) == EFFORT.trials - 15
+    assert not rest.keys() & first.keys()
+    assert run(new_search(known=first | rest)) == {}
+
+
+def test_failed_configs_are_not_proposed_again() -> None:
+    failed = dict.fromkeys(list(run(new_search()))[:10])
+    assert not run(new_search(known=failed)).keys() & failed.keys()
+
+
+def test_an_exhaustive_search_proposes_every_config_that_is_not_known() -> None:
+    everything = list(SPACE.configs(PROBLEM, 1))
+    known = dict.fromkeys(everything[:3], 1.0)
+    search = search_for(SPACE, PROBLEM, 1, known, [], replace(EFFORT, exhaustive_up_to=len(everything)), 0)
+    assert search.total == len(everything) - 3
+    assert list(run(search)) == everything[3:]
+
+
+def test_tpe_finds_the_best_corner_sooner_than_chance() -> None:
+    best = sorted(run(new_search(effort=replace(EFFORT, trials=80))).values())[:5]
+    assert best == [1.0] * 5
+
+
+def test_tpe_does_not_stop_before_it_has_measured_enough_or_everything() -> None:
+    space = NORMS.kernel_source("cpu").space
+    small = list(space.configs(PROBLEM, 4))
+    for trials in (3, len(small) // 2, len(small) + 10):
+        search = TpeSearch(space, PROBLEM, 4, {}, [], replace(EFFORT, trials=trials, startup_trials=2), seed=0)
+        proposed = [config for batch in search.batches() for config in batch if not search.tell(config, 1.0)]
+        assert len(proposed) == search.total == min(trials, len(small))
+
+
+def test_unknown_efforts_are_refused() -> None:
+    with pytest.raises(BadInput, match="effort 'huge' is none of quick, default, exhaustive"):
+        effort("huge")
+
+
+def test_the_gain_is_the_median_of_paired_rounds_and_its_interval_spans_the_noise() -> None:
+    candidate = Timing((1.0,) * 25)
+    steady = gain(Timing((2.0,) * 25), candidate)
+    assert (steady.low, steady.median, steady.high) == (2.0, 2.0, 2.0)
+    noisy = gain(Timing(tuple(2.0 + 0.1 * (i % 5 - 2) for i in range(25))), candidate)
+    assert noisy.low < noisy.median == 2.0 < noisy.high
+
+
+def test_a_gain_of_few_rounds_spans_all_of_them() -> None:
+    few = gain(Timing((1.0, 2.0, 3.0)), Timing((1.0, 1.0, 1.0)))
+    assert (few.low, few.median, few.high) == (1.0, 2.0, 3.0)
