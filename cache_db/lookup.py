@@ -12,6 +12,7 @@ from autofuse.cache_db.files import default_path
 from autofuse.cache_db.records import Winner, winners_digest
 from autofuse.cache_db.store import TunedDatabase
 from autofuse.errors import BadInput
+from autofuse.ops.buckets import REACH, buckets_serving, within_reach
 from autofuse.ops.problem import Problem
 from autofuse.targets.base import Target
 
@@ -90,8 +91,10 @@ class Snapshot:
 
         A call of T runs the smallest bucket ≥ T, or the largest. One static T is answered by its own bucket (rule
         ``exact``), by the two on either side, of which the upper one runs (``between``), or by the only one near
-        (``nearest``); a range by every bucket that serves some T in it (``range``). Winners of another source hash
-        are passed over; where there are no others the rule is ``stale``, and without any ``untuned``.
+        (``nearest``); a range by every bucket that serves some T in it (``range``). Outside of what was tuned, winners
+        answer no further than ``within_reach`` says: beyond, the rule is ``untuned`` and the reason names the T to
+        tune at. Winners of another source hash are passed over; where there are no others the rule is ``stale``, and
+        without any ``untuned``.
 
         Raises BadInput for a range that is none.
         """
@@ -103,18 +106,21 @@ class Snapshot:
         tokens = [winner.tokens for winner in buckets]
         first = min(bisect_left(tokens, tokens_low), len(buckets) - 1)
         last = min(bisect_left(tokens, tokens_high), len(buckets) - 1)
+        between = tokens_low == tokens_high and 0 < first and tokens_low < tokens[first]
+        if not between and not within_reach(tokens[first], tokens[last], tokens_low, tokens_high):
+            return self._out_of_reach(problem, buckets, tokens_low, tokens_high)
         if tokens_low < tokens_high:
             serving = tuple(buckets[first : last + 1])
             each = "; ".join(f"T={winner.tokens}: {_figures(winner)}" for winner in serving)
             return Lookup(
                 "range",
                 serving,
-                f"T={tokens_low}…{tokens_high} is served by {_tokens(serving)} on {self.target}: {each}",
+                f"{_asked(tokens_low, tokens_high)} is served by {_tokens(serving)} on {self.target}: {each}",
             )
         runs = buckets[first]
         if runs.tokens == tokens_low:
             return Lookup("exact", (runs,), f"tuned at T={runs.tokens} on {self.target}: {_figures(runs)}")
-        if first > 0 and tokens_low < runs.tokens:
+        if between:
             below = buckets[first - 1]
             return Lookup(
                 "between",
@@ -127,6 +133,16 @@ class Snapshot:
             "nearest",
             (runs,),
             f"T={tokens_low} lies {side} all T tuned on {self.target} and runs as T={runs.tokens}: {_figures(runs)}",
+        )
+
+    def _out_of_reach(self, problem: Problem, buckets: Sequence[Winner], tokens_low: int, tokens_high: int) -> Lookup:
+        tuned = {winner.tokens for winner in buckets}
+        wanted = ",".join(str(tokens) for tokens in buckets_serving(tokens_low, tokens_high) if tokens not in tuned)
+        return Lookup(
+            "untuned",
+            (),
+            f"{_asked(tokens_low, tokens_high)} reaches further than a factor of {REACH} from what was tuned on "
+            f"{self.target}, which is {_tokens(buckets)}: run `autofuse tune --problem '{problem}' --tokens {wanted}`",
         )
 
     def _without_buckets(self, problem: Problem, source_hash: str) -> Lookup:
@@ -145,13 +161,12 @@ def explain_lookup(
 ) -> list[str]:
     """The way to ``Snapshot.lookup``'s answer, a line a step. Raises BadInput as it does."""
     answer = snapshot.lookup(problem, tokens_low, tokens_high, source_hash)
-    asked = f"T={tokens_low}" if tokens_low == tokens_high else f"T={tokens_low}…{tokens_high}"
     lines = [
         f"database: {snapshot.path}" + ("" if snapshot.present else " (does not exist)"),
         f"target: {snapshot.target} ({len(snapshot.winners)} winners, digest {snapshot.digest[:10]})",
         f"problem: {problem}",
         f"kernel: source {source_hash[:12]}",
-        f"asked: {asked}",
+        f"asked: {_asked(tokens_low, tokens_high)}",
     ]
     buckets = snapshot.buckets(problem, source_hash)
     lines.append(f"tuned: {_tokens(buckets)}" if buckets else "tuned: nothing with this kernel")
@@ -167,6 +182,10 @@ def explain_lookup(
         )
     lines.append(f"faster here: {'yes' if answer.beats_baseline else 'no'}")
     return lines
+
+
+def _asked(tokens_low: int, tokens_high: int) -> str:
+    return f"T={tokens_low}" if tokens_low == tokens_high else f"T={tokens_low}…{tokens_high}"
 
 
 def _tokens(winners: Sequence[Winner]) -> str:

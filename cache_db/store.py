@@ -134,6 +134,12 @@ class TunedDatabase:
             self._insert(TABLE_OF[type(record)], to_row(record), "REPLACE")
         return record
 
+    def forget_trial(self, trial: Trial) -> None:
+        """Removes the trial of the same key, whatever its outcome; nothing happens where there is none."""
+        key = key_of(trial)
+        with self.transaction():
+            self._db.execute(f"DELETE FROM trials WHERE {_equal(key)}", key)
+
     def forget_captured(self, site: Captured) -> None:
         """Removes a site, whenever it was seen; nothing happens where it is unknown."""
         key = key_of(site)

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -137,4 +138,10 @@ static inline uint8_t e4m3_bits(float value) {
     if (size < 0.015625f) return uint8_t(sign | uint32_t(rintf(size * 512.f)));
     const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
     return uint8_t(sign | ((rounded >> 20) - (120u << 3)));
+}
+
+// A kernel's THREADS, unless torch.set_num_threads allows fewer: PyTorch's OpenMP is ours, so its limit is as well.
+static inline int threads_to_use(int tuned) {
+    const int most = omp_get_max_threads();
+    return tuned < most ? tuned : most;
 }

@@ -10,11 +10,14 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -31,7 +34,7 @@ struct TensorGuard {
     int32_t arg;
     int32_t dtype;
     int32_t element_bytes;
-    int32_t dims;
+    int32_t dims;  // -1: any, for one element in all
     int32_t aligned;
     int32_t padding;
     int64_t sizes[MAX_DIMS];  // -1: T; -2: any but 0
@@ -78,11 +81,14 @@ struct Entry {
     std::vector<Variant> variants;  // ascending up_to_tokens; the last one takes the rest
 };
 
+// Plan → entries, the newest first. The keys point into the entries, which live for ever.
+typedef std::unordered_map<std::string_view, std::vector<const Entry*>> Entries;
+
 struct Op {
     std::string unbound;     // autofuse::_unbound_<op>, which takes all arguments but the plan
     std::string arg_types;   // T tensor, O tensor or None, f float, i int, b bool, s string; the last one is the plan
     // Replaced as a whole, and never freed: a call in another thread may be reading it.
-    std::atomic<const std::vector<const Entry*>*> entries{nullptr};
+    std::atomic<const Entries*> entries{nullptr};
 };
 
 Op ops[MAX_OPS];
@@ -158,14 +164,16 @@ bool look_at(AtenTensorHandle handle, const TensorGuard& guard, const Entry& ent
     aoti_torch_get_dtype(handle, &dtype);
     aoti_torch_get_device_type(handle, &device_type);
     aoti_torch_get_device_index(handle, &device_index);
-    if (dims != guard.dims || dtype != guard.dtype || device_type != entry.device_type ||
+    if ((guard.dims >= 0 && dims != guard.dims) || dtype != guard.dtype || device_type != entry.device_type ||
         (entry.on_gpu && device_index != entry.device_index))
         return false;
     aoti_torch_get_sizes(handle, &sizes);
     aoti_torch_get_strides(handle, &strides);
     aoti_torch_get_data_ptr(handle, &tensor.data);
     for (int d = 0; d < dims; ++d) {
-        if (guard.sizes[d] >= 0) {
+        if (guard.dims < 0) {
+            if (sizes[d] != 1) return false;
+        } else if (guard.sizes[d] >= 0) {
             if (sizes[d] != guard.sizes[d]) return false;
         } else if (guard.sizes[d] == -2) {
             if (sizes[d] == 0) return false;
@@ -208,6 +216,7 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
         if (!handle || !look_at(handle, guard, entry, tensors[guard.arg], tokens)) return false;
     }
 
+    if (tokens > INT32_MAX) return false;  // kernels count them in 32 bits
     const Variant* variant = &entry.variants.front();
     while (variant != &entry.variants.back() && tokens > variant->up_to_tokens) ++variant;
     for (const TensorGuard& guard : entry.tensors)
@@ -291,9 +300,10 @@ void call(const Op& op, StableIValue* stack, uint64_t outputs) {
     const StringHandle plan_handle = as<StringHandle>(stack[op.arg_types.size() - 1]);
     torch_string_c_str(plan_handle, &plan);
     torch_string_length(plan_handle, &length);
-    if (const auto* entries = op.entries.load(std::memory_order_acquire)) {
-        for (const Entry* entry : *entries) {
-            if (entry->plan.size() != length || memcmp(entry->plan.data(), plan, length) != 0) continue;
+    const Entries* entries = op.entries.load(std::memory_order_acquire);
+    const auto known = entries ? entries->find(std::string_view(plan, length)) : Entries::const_iterator();
+    if (entries && known != entries->end()) {
+        for (const Entry* entry : known->second) {
             bool done = false;
             try {
                 done = run(op, *entry, stack, results);
@@ -349,6 +359,7 @@ void autofuse_set_error(const char* message) { python_error = message; }
 // Registers op `slot` (0 to MAX_OPS-1) for a dispatch key, "CPU" or "CUDA". Returns 0, or -1 if PyTorch refuses.
 int autofuse_register(int slot, const char* name, const char* unbound, const char* arg_types, const char* key) {
     if (slot >= MAX_OPS || strlen(arg_types) > MAX_ARGS) return -1;
+    ops[slot].entries.store(nullptr);
     ops[slot].unbound = unbound;
     ops[slot].arg_types = arg_types;
     TorchLibraryHandle library = nullptr;
@@ -374,9 +385,10 @@ void autofuse_bind(int slot, const char* plan, int on_gpu, int device_type, int 
     entry->results.assign(results, results + result_count);
     entry->variants.assign(variants, variants + variant_count);
     const std::lock_guard<std::mutex> lock(binding);
-    const auto* before = ops[slot].entries.load();
-    auto* after = before ? new std::vector<const Entry*>(*before) : new std::vector<const Entry*>;
-    after->insert(after->begin(), entry);
+    const Entries* before = ops[slot].entries.load();
+    auto* after = before ? new Entries(*before) : new Entries;
+    auto& same_plan = (*after)[entry->plan];
+    same_plan.insert(same_plan.begin(), entry);
     ops[slot].entries.store(after, std::memory_order_release);
 }
 }

@@ -1,7 +1,7 @@
 // What every GPU kernel here shares: element types, vectors, warp operations, and programmatic dependent launch.
 // One source for NVRTC (NVIDIA), hiprtc and clang (AMD), and a C++ compiler (the emulator in tests/emulation, whose
-// header comes first and brings what CUDA has built in). Needs no vendor header. What only one of them has stands behind
-// a function with a plain path beside it.
+// header comes first and brings what CUDA has built in). Needs no vendor header. What only one of them has stands
+// behind a function with a plain path beside it.
 #pragma once
 
 #ifdef __CUDA_ARCH__
@@ -59,6 +59,7 @@ __device__ __forceinline__ void __syncthreads() {
 __device__ __forceinline__ u32 __float_as_uint(float value) { return __builtin_bit_cast(u32, value); }
 __device__ __forceinline__ float __uint_as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 __device__ __forceinline__ float rsqrtf(float value) { return __builtin_amdgcn_rsqf(value); }
+__device__ __forceinline__ float rintf(float value) { return __builtin_rintf(value); }
 #endif
 #endif
 

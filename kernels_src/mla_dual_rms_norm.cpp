@@ -5,7 +5,7 @@
 //
 // Constants of the problem: ELEMENT (bf16, fp16, fp32), Q_WIDTH, KV_WIDTH, CAST_BEFORE_WEIGHT.
 // Tunables:
-//   THREADS        threads of the parallel loop
+//   THREADS        threads of the parallel loop, or as many as PyTorch may use if that is fewer
 //   SERIAL_ROWS    up to so many tokens one thread does it all: waking others costs some microseconds
 //   TASK_ROWS      tokens per task: fewer balance better, more share less cache traffic between threads
 //   UNROLL         vectors per loop iteration, each with its own partial sum: hides the latency of the addition
@@ -70,10 +70,11 @@ static inline void task(const Params& p, int64_t first) {
 
 extern "C" void mla_dual_rms_norm(const Params* params) {
     const Params p = *params;
-    if (THREADS == 1 || p.tokens <= SERIAL_ROWS) {
+    const int threads = threads_to_use(THREADS);
+    if (threads == 1 || p.tokens <= SERIAL_ROWS) {
         for (int64_t first = 0; first < p.tokens; first += TASK_ROWS) task(p, first);
     } else {
-#pragma omp parallel for num_threads(THREADS) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < p.tokens; first += TASK_ROWS) task(p, first);
     }
 }

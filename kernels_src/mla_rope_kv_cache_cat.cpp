@@ -5,7 +5,7 @@
 //
 // Constants of the problem: ELEMENT, TABLE, HEADS, NOPE, ROPE, LATENT, NEOX, CACHE, as on a GPU.
 // Tunables:
-//   THREADS        threads of the parallel loop
+//   THREADS        threads of the parallel loop, or as many as PyTorch may use if that is fewer
 //   SERIAL_ROWS    up to so many tokens one thread does it all: waking others costs some microseconds
 //   VECTOR_BYTES   SIMD width
 #include "cpu.h"
@@ -98,10 +98,11 @@ static inline void task(const Params& p, int64_t t) {
 
 extern "C" void mla_rope_kv_cache_cat(const Params* params) {
     const Params p = *params;
-    if (THREADS == 1 || p.tokens <= SERIAL_ROWS) {
+    const int threads = threads_to_use(THREADS);
+    if (threads == 1 || p.tokens <= SERIAL_ROWS) {
         for (int64_t t = 0; t < p.tokens; ++t) task(p, t);
     } else {
-#pragma omp parallel for num_threads(THREADS) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t t = 0; t < p.tokens; ++t) task(p, t);
     }
 }

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import autofuse.kernels_src
-import autofuse.targets.cpu
 from autofuse.tuner.budgets import Effort
 
 # Compiled kernels are shared by all tests of a run; nothing of a user's is read or written.
@@ -87,7 +86,6 @@ def edit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         forget()
 
     monkeypatch.setattr(autofuse.kernels_src, "FOLDER", folder)
-    monkeypatch.setattr(autofuse.targets.cpu, "FOLDER", folder)
     forget()
     yield edit
     monkeypatch.undo()

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import autofuse
-from autofuse.errors import BadInput
+from autofuse.errors import BadInput, UnsupportedCall
+from autofuse.ops import Config, get_op
+from autofuse.runtime.dispatch import bind_plan
 from autofuse.runtime.native import load_native
 from autofuse.runtime.plan import Plan
+from autofuse.targets import target_of
 
 TEXT = "sm_90a|mla_dual_rms_norm(dtype=bf16)|1:ROWS=1|64:ROWS=2|1024:ROWS=4"
 
@@ -78,3 +82,44 @@ def test_without_a_compiler_calls_go_through_python(tmp_path: Path, monkeypatch:
 def test_the_native_dispatcher_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOFUSE_NATIVE", "0")
     assert load_native() is None
+
+
+def test_a_plan_outside_the_search_space_is_not_run() -> None:
+    op = get_op("mla_dual_rms_norm")
+    problem = op.make_problem(dtype="bf16", q_lora_rank=88, kv_lora_rank=24, cast_before_weight=True)
+    device = torch.device("cpu")
+    config = Config.of(op.default_config("cpu", problem, 4), TASK_ROWS=0)
+    with pytest.raises(UnsupportedCall, match="not of the search space: TASK_ROWS=0"):
+        bind_plan(op, Plan(target_of(device).arch, problem, ((4, config),)), device)
+
+
+def test_results_have_the_dtype_that_tracing_promises_whatever_the_weights_have() -> None:
+    op = get_op("mla_dual_rms_norm")
+    problem = op.make_problem(dtype="bf16", q_lora_rank=88, kv_lora_rank=24, cast_before_weight=True)
+    args = list(op.example_args(problem, 3, torch.device("cpu"), torch.Generator()))
+    args[1], args[3] = args[1].float(), args[3].float()
+    assert [result.dtype for result in torch.ops.autofuse.mla_dual_rms_norm(*args)] == [torch.bfloat16] * 2
+    torch.library.opcheck(torch.ops.autofuse.mla_dual_rms_norm.default, tuple(args))
+
+
+def test_calls_find_an_implementation_while_the_native_one_is_put_in_place() -> None:
+    code = """
+import threading, torch, autofuse
+from autofuse.ops import get_op
+from autofuse.runtime.dispatch import registry
+op = get_op("mla_dual_rms_norm")
+args = op.example_args(op.sweep_problems()[0], 2, torch.device("cpu"), torch.Generator())
+failures = []
+def calls():
+    for _ in range(300):
+        try:
+            torch.ops.autofuse.mla_dual_rms_norm(*args)
+        except Exception as error:
+            failures.append(error)
+threads = [threading.Thread(target=calls) for _ in range(3)]
+for thread in threads: thread.start()
+registry.go_native()
+for thread in threads: thread.join()
+assert not failures, failures[0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ from autofuse.errors import AutofuseError, BadInput
 from autofuse.models import PRESETS, model_config
 from autofuse.ops import OPS, Problem, get_op
 from autofuse.ops.base import DTYPES
-from autofuse.runtime.plan import buckets_serving
+from autofuse.ops.buckets import buckets_serving
 from autofuse.targets import parse_device
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.budgets import effort as effort_named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,10 @@ from autofuse.ops import FusedOp
 
 __all__ = ["baseline_calls", "compiled_reference"]
 
+logger = logging.getLogger("autofuse.tuner")
+
 Call = Callable[..., Any]
+_SHOWN = 300  # characters of another library's error in a warning
 
 
 def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
@@ -23,14 +27,23 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
     - ``eager``: operator by operator;
     - ``compile``: through ``torch.compile`` with static shapes, as a user calls it;
     - ``graph`` (CPU only): just the code that Inductor generated, without the guards and wrappers around it. That is
-      what
-      the site costs inside a larger compiled graph, where those are paid once for all. Under a CUDA graph the two are
-      one.
+      what the site costs inside a larger compiled graph, where those are paid once for all. Under a CUDA graph the two
+      are one.
+
+    Where Inductor cannot compile (its compiler is missing, or is not ours), ``eager`` is all there is: one warning.
 
     Args: args: example arguments to compile for.
     """
-    compiled, generated = compiled_reference(op, args)
-    calls = {"eager": op.unfused, "compile": compiled}
+    calls: dict[str, Call] = {"eager": op.unfused}
+    try:
+        compiled, generated = compiled_reference(op, args)
+    except Exception as error:  # whatever Inductor, Triton or a compiler raises
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        logger.warning(
+            "%s: no baseline through torch.compile, which fails: %s: %s", op.name, type(error).__name__, why[:_SHOWN]
+        )
+        return calls
+    calls["compile"] = compiled
     if generated is not None and all(not isinstance(arg, torch.Tensor) or arg.device.type == "cpu" for arg in args):
         calls["graph"] = generated
     return calls

@@ -20,11 +20,12 @@ class Effort:
         batch: configs that TPE proposes at once, so that they compile side by side.
         asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
         trial_rounds: timed rounds per config.
-        finalists: best configs that are measured again beside the baselines.
-        final_rounds: interleaved rounds for them; the gain's interval comes from these.
+        finalists: best configs that are measured again to choose one of them.
+        final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
+            time and the gain's interval come.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
-        attempts: such a measurement is made at most so many times; the steadiest counts.
-        round_us: length of one timed round on a GPU, in µs; short rounds would measure the clock.
+        attempts: such a measurement of the gain is made at most so many times; the steadiest counts.
+        round_us: length of one timed round on a GPU, in µs, at least half of it; short rounds would measure the clock.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they

@@ -3,11 +3,13 @@
 On a GPU the calls are captured into one CUDA graph, each with other inputs, so that neither Python nor a warm L2 cache
 is measured; its replays are timed with events. Results are dropped at once: as in a model, a call writes where the
 allocator has just freed, and all functions that are compared write to the same addresses. On a CPU the calls are timed
-as they are. Functions that are compared take turns, so a clock that drifts drifts for all of them.
+as they are. Functions that are compared take turns, so a clock that drifts drifts for all of them, and change their
+order from round to round, so that none always runs behind the same one.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -23,6 +25,7 @@ from autofuse.tuner.budgets import Effort
 __all__ = ["Gain", "Ring", "Runner", "Timing", "example_ring", "gain", "interleave", "runner", "time_alone"]
 
 Call = Callable[..., Any]
+_SOME_ROUNDS = 3  # from whose shortest the length of a round is told
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,30 @@ def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.devic
 
 
 class Runner(ABC):
-    """One function, prepared for timing over a ring of inputs."""
+    """One function, prepared for timing over a ring of inputs.
+
+    Attributes:
+        repeats: what a round repeats: calls on a CPU, replays of the CUDA graph on a GPU.
+        calls_each: calls in each of these.
+    """
+
+    repeats = 1
+    calls_each = 1
 
     @abstractmethod
+    def _time_us(self) -> float:
+        """Times one round: µs in all."""
+
     def round_us(self) -> float:
         """Times one round: µs per call."""
+        return self._time_us() / (self.repeats * self.calls_each)
+
+    def _lengthen(self, wanted_us: float) -> None:
+        """Doubles the repeats until the shortest of a few rounds lasts at least half of ``wanted_us``, as ``timeit``
+        does. One call is never enough to go by: whatever interrupts it is longer than the call.
+        """
+        while min(self._time_us() for _ in range(_SOME_ROUNDS)) < wanted_us / 2:
+            self.repeats *= 2
 
 
 class _CudaRunner(Runner):
@@ -116,19 +138,17 @@ class _CudaRunner(Runner):
         with torch.cuda.graph(self._graph, pool=ring.pool):
             for args in ring.sets:
                 call(*args)
-        self._calls = len(ring.sets)
+        self.calls_each = len(ring.sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._replays = 1
-        once = min(self.round_us() for _ in range(3)) * self._calls
-        self._replays = max(1, round(effort.round_us / once))
+        self._lengthen(effort.round_us)
 
-    def round_us(self) -> float:
+    def _time_us(self) -> float:
         self._start.record()
-        for _ in range(self._replays):
+        for _ in range(self.repeats):
             self._graph.replay()
         self._end.record()
         self._end.synchronize()
-        return self._start.elapsed_time(self._end) * 1e3 / (self._replays * self._calls)
+        return self._start.elapsed_time(self._end) * 1e3
 
 
 class _CpuRunner(Runner):
@@ -136,18 +156,16 @@ class _CpuRunner(Runner):
         self._call = call
         self._ring = ring.sets
         self._next = 0
-        self._calls = 1
-        once = min(self.round_us() for _ in range(3))
-        self._calls = max(1, round(effort.cpu_round_us / once))
+        self._lengthen(effort.cpu_round_us)
 
-    def round_us(self) -> float:
+    def _time_us(self) -> float:
         call, ring, count = self._call, self._ring, len(self._ring)
-        batch = [ring[(self._next + i) % count] for i in range(self._calls)]
-        self._next = (self._next + self._calls) % count
+        batch = [ring[(self._next + i) % count] for i in range(self.repeats)]
+        self._next = (self._next + self.repeats) % count
         start = time.perf_counter_ns()
         for args in batch:
             call(*args)
-        return (time.perf_counter_ns() - start) / 1e3 / self._calls
+        return (time.perf_counter_ns() - start) / 1e3
 
 
 def runner(call: Call, ring: Ring, device: torch.device, effort: Effort) -> Runner:
@@ -163,7 +181,15 @@ def time_alone(prepared: Runner, rounds: int) -> Timing:
     return Timing(tuple(prepared.round_us() for _ in range(rounds)))
 
 
-def interleave(prepared: Sequence[Runner], rounds: int) -> list[Timing]:
-    """Times several functions in turns: the n-th rounds of all of them ran side by side."""
-    table = [[each.round_us() for each in prepared] for _ in range(rounds)]
-    return [Timing(tuple(row[i] for row in table)) for i in range(len(prepared))]
+def interleave(prepared: Sequence[Runner], rounds: int, seed: int = 0) -> list[Timing]:
+    """Times several functions in turns: the n-th rounds of all of them ran side by side, in an order of their own.
+
+    Args: seed: of these orders.
+    """
+    source, order = random.Random(seed), list(range(len(prepared)))
+    table = []
+    for _ in range(rounds):
+        source.shuffle(order)
+        times = {index: prepared[index].round_us() for index in order}
+        table.append(times)
+    return [Timing(tuple(times[index] for times in table)) for index in range(len(prepared))]

@@ -14,6 +14,8 @@ from autofuse.tuner.budgets import Effort
 
 __all__ = ["WrongResult", "verify"]
 
+_FEW = 3  # tokens: the fewest that show strides, padding and rows of several sizes
+
 
 class WrongResult(AutofuseError):
     """A kernel ran and computed something else than its op's reference."""
@@ -33,16 +35,20 @@ def _poisoned_allocations() -> Iterator[None]:
 def verify(
     op: FusedOp, problem: Problem, tokens: int, call: Callable[..., Any], device: torch.device, effort: Effort
 ) -> float:
-    """Runs ``call`` on random inputs of the bucket's largest, a ragged, and the smallest number of tokens.
+    """Runs ``call`` on the op's ``check_args`` of the bucket's largest, a ragged, a few, and the smallest number of
+    tokens. A few even for a bucket of one: a kernel also runs what is larger than the largest bucket.
 
-    Returns: the largest difference from the fp64 reference, in units of what the op's tolerance allows (at most 1).
+    What a kernel writes beside an input shows, since inputs lie inside larger tensors. What it writes beside a result
+    is not checked here: results are allocated inside the call, where nothing can be put around them.
+
+    Returns: how far the results are from the fp64 reference, in units of what the op's tolerance allows (at most 1).
     Raises: WrongResult, for a difference, an unwritten output, a changed input, or results that differ from run to run.
     """
     worst = 0.0
     for seed in range(effort.verify_seeds):
         generator = torch.Generator(device).manual_seed(1000 + seed)
-        for count in sorted({1, max(tokens - tokens // 3, 1), tokens}):
-            args = op.example_args(problem, count, device, generator)
+        for count in sorted({1, _FEW, max(tokens - tokens // 3, 1), tokens}):
+            args = op.check_args(problem, count, device, generator)
             before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in _with_bases(args)]
             exact = op.exact(*args)
             with _poisoned_allocations():

@@ -17,6 +17,7 @@ import torch
 __all__ = ["ANY", "Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
 
 
+_MOST_TOKENS = 2**31 - 1  # kernels count tokens in 32 bits
 ANY = -2
 """A size that a kernel reads at run time: any, but 0."""
 
@@ -27,13 +28,13 @@ class TensorArg:
 
     Attributes:
         index: its place among the op's arguments.
-        sizes: None stands for T, the number of tokens.
+        sizes: None stands for T, the number of tokens; the whole of it None for a single value, of any shape.
         aligned: whether the config's alignment is asked of it; not of what is read element by element.
     """
 
     index: int
     dtype: torch.dtype
-    sizes: tuple[int | None, ...]
+    sizes: tuple[int | None, ...] | None
     aligned: bool = True
 
 
@@ -112,6 +113,7 @@ class Binding:
     def tokens(self, args: Sequence[Any]) -> int:
         """T of a call that is accepted."""
         first = self.tensors[0]
+        assert first.sizes is not None
         return args[first.index].shape[first.sizes.index(None)]
 
     def accepts(self, args: Sequence[Any]) -> bool:
@@ -122,13 +124,19 @@ class Binding:
             args[arg.index] is None for arg in self.tensors
         ):
             return False
-        first = args[self.tensors[0].index]
-        if first.dim() != len(self.tensors[0].sizes):
+        first, sizes = args[self.tensors[0].index], self.tensors[0].sizes
+        if sizes is None or first.dim() != len(sizes):
             return False
         tokens, device = self.tokens(args), first.device
         for tensor in self.tensors:
             arg = args[tensor.index]
-            if arg.dtype != tensor.dtype or arg.device != device or arg.dim() != len(tensor.sizes):
+            if arg.dtype != tensor.dtype or arg.device != device:
+                return False
+            if tensor.sizes is None:
+                if arg.numel() != 1:
+                    return False
+                continue
+            if arg.dim() != len(tensor.sizes):
                 return False
             for size, wanted in zip(arg.shape, tensor.sizes, strict=True):
                 if size == 0 if wanted == ANY else size != (tokens if wanted is None else wanted):
@@ -136,7 +144,9 @@ class Binding:
         return True
 
     def launchable(self, args: Sequence[Any], align: int) -> bool:
-        """Whether the strides and addresses of an accepted call suit a kernel that needs ``align``."""
+        """Whether the strides, addresses and sizes of an accepted call suit a kernel that needs ``align``."""
+        if self.tokens(args) > _MOST_TOKENS:
+            return False
         for tensor in self.tensors:
             arg = args[tensor.index]
             if tensor.aligned and arg.data_ptr() % align:

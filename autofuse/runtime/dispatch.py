@@ -8,8 +8,10 @@ a kernel cannot do, the op's reference does: a call never fails for want of a ke
 from __future__ import annotations
 
 import logging
+from _thread import interrupt_main
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,10 @@ __all__ = ["BoundPlan", "OpRegistry", "bind_plan", "load_kernel", "registry", "r
 
 logger = logging.getLogger("autofuse.runtime")
 
-_DISPATCH_KEYS = ("CPU", "CUDA")
+_NATIVE_KEYS = ("CPU", "CUDA")
+# The implementation in Python serves all devices, and stays below the native one: no call ever finds none.
+_PYTHON_KEY = "CompositeExplicitAutograd"
+_ANY_TOKENS = 1 << 20  # so many that no constraint about too few tokens stands in the way
 
 
 def load_kernel(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
@@ -66,11 +71,16 @@ class BoundPlan:
 def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
     """Loads a plan's kernels.
 
-    Raises: UnsupportedCall (a plan for another arch), CompileError, LaunchError, TargetUnavailable.
+    Raises: UnsupportedCall (a plan for another arch, or with a config outside the op's search space, which may compute
+        anything), CompileError, LaunchError, TargetUnavailable.
     """
     target = target_of(device)
     if plan.arch != target.arch:
         raise UnsupportedCall(f"the plan is for {plan.arch}, the device is {target}")
+    space = op.kernel_source(target.kind).space
+    for _, config in plan.buckets:
+        if why := space.refusal(config, plan.problem, _ANY_TOKENS):
+            raise UnsupportedCall(f"config {config} is not of the search space: {why}")
     kernels: dict[Config, Kernel] = {}
     variants = []
     for tokens, config in plan.buckets:
@@ -112,13 +122,21 @@ class _PythonDispatcher:
             plan,
             *((arg.dtype, arg.device, arg.shape[1:]) if isinstance(arg, torch.Tensor) else arg for arg in args),
         )
-        bound = None if kind in self._refused else self._bind(plan, args, device)
-        if bound is None:
+        if kind in self._refused:
+            self._check(args)
+            return self._op.reference(*args)
+        bound = self._bind(plan, args, device)
+        if bound is None or not bound.binding.accepts(args):
             self._refused.add(kind)  # the reasons were said once, and need no second search
             return self._op.reference(*args)
         known.append(bound)
         self._registry.remember(bound, plan)
         return bound(*args)
+
+    def _check(self, args: Sequence[Any]) -> None:
+        """Raises BadInput for arguments that make no sense together; what is only unsupported passes."""
+        with suppress(UnsupportedCall):
+            self._op.problem_of(*args)
 
     def _bind(self, text: str, args: Sequence[Any], device: torch.device) -> BoundPlan | None:
         op = self._op
@@ -141,27 +159,24 @@ class OpRegistry:
     """The ops as PyTorch knows them.
 
     ``define`` registers each op with ``Library.define`` + ``impl``, in Python: 3.5 µs a call, against 10 to 15 for
-    ``torch.library.custom_op``. ``go_native`` replaces that by the native dispatcher, at a time when no op is running.
+    ``torch.library.custom_op``. ``go_native`` puts the native dispatcher over that, where it can be had.
     """
 
     def __init__(self) -> None:
-        self._definitions = torch.library.Library("autofuse", "FRAGMENT")
-        self._implementations: torch.library.Library | None = None
+        self._library = torch.library.Library("autofuse", "FRAGMENT")
         self._bound: list[tuple[BoundPlan, str]] = []
         self._native: NativeDispatcher | None = None
         self._tried_native = False
 
     def define(self) -> None:
         """Defines every op in ``torch.ops.autofuse``. Called once, when autofuse is imported."""
-        self._implementations = torch.library.Library("autofuse", "IMPL")
         for op in OPS.values():
             implementation = _PythonDispatcher(op, self)
-            self._definitions.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-            self._definitions.define(f"_unbound_{op.name}{op.schema_without_plan}")
-            for key in _DISPATCH_KEYS:
-                self._implementations.impl(op.name, self._as_pytorch_op(op, implementation), key)
-                self._definitions.impl(f"_unbound_{op.name}", self._for_native(op, implementation), key)
-            torch.library.register_fake(f"autofuse::{op.name}", _fake(op), lib=self._definitions)
+            self._library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            self._library.define(f"_unbound_{op.name}{op.schema_without_plan}")
+            torch.library.register_fake(f"autofuse::{op.name}", _fake(op), lib=self._library)
+            self._library.impl(op.name, self._as_pytorch_op(op, implementation), _PYTHON_KEY)
+            self._library.impl(f"_unbound_{op.name}", self._for_native(op, implementation), _PYTHON_KEY)
 
     def go_native(self) -> bool:
         """Switches to the native dispatcher if it can be had; True if calls are native now. Cheap after the first
@@ -170,11 +185,9 @@ class OpRegistry:
         if not self._tried_native:
             self._tried_native = True
             self._native = load_native()
-            if self._native is not None and self._implementations is not None:
-                self._implementations._destroy()
-                self._implementations = None
+            if self._native is not None:
                 for op in OPS.values():
-                    self._native.register(op, _DISPATCH_KEYS)
+                    self._native.register(op, _NATIVE_KEYS)
                 for bound, plan in self._bound:
                     self._native.bind(bound.op, plan, bound.device, bound.binding, bound.variants)
         return self._native is not None
@@ -206,9 +219,12 @@ class OpRegistry:
             assert native is not None
             try:
                 return implementation(args, native.current_plan())
-            except (AutofuseError, RuntimeError) as error:
-                native.set_error(str(error))
-                return tuple(torch.empty(0) for _ in range(op.result_count))
+            except KeyboardInterrupt:
+                interrupt_main()  # raised again as soon as Python runs
+                native.set_error(f"{op.name} was interrupted")
+            except Exception as error:
+                native.set_error(str(error) if isinstance(error, (AutofuseError, RuntimeError)) else repr(error))
+            return tuple(torch.empty(0) for _ in range(op.result_count))  # dropped, in favour of the error
 
         return call
 

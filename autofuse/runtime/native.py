@@ -118,7 +118,8 @@ class NativeDispatcher:
         self._library.autofuse_set_cuda(ctypes.byref(_Cuda(*addresses)))
 
     def register(self, op: FusedOp, keys: Sequence[str]) -> bool:
-        """Makes this the implementation of ``op`` for PyTorch's dispatch ``keys``; False if PyTorch refuses.
+        """Makes this the implementation of ``op`` for PyTorch's dispatch ``keys``, over the one in Python; False if it
+        cannot: the op has arguments of a type that is not known here, or PyTorch refuses.
 
         Calls that are not bound go to ``autofuse::_unbound_<op>``.
         """
@@ -141,7 +142,13 @@ class NativeDispatcher:
             return
         tensors = [
             _TensorGuard(
-                arg.index, _number(arg.dtype), arg.dtype.itemsize, len(arg.sizes), arg.aligned, 0, _sizes(arg.sizes)
+                arg.index,
+                _number(arg.dtype),
+                arg.dtype.itemsize,
+                -1 if arg.sizes is None else len(arg.sizes),
+                arg.aligned,
+                0,
+                _sizes(arg.sizes or ()),
             )
             for arg in binding.tensors
         ]

@@ -10,25 +10,7 @@ from functools import cached_property
 from autofuse.errors import BadInput
 from autofuse.ops.problem import Config, Problem
 
-__all__ = ["RANGE_BUCKETS", "Plan", "buckets_serving"]
-
-RANGE_BUCKETS = (1, 64, 1024, 8192)
-"""Where a problem is tuned, or given default configs, if T is only known to lie in a range."""
-
-
-def buckets_serving(low: int, high: int) -> tuple[int, ...]:
-    """The buckets for T from ``low`` to ``high``: one static T is its own; a range has those of RANGE_BUCKETS that
-    serve a T in it, which are those inside and the first above.
-
-    Example:
-        >>> buckets_serving(5, 5), buckets_serving(2, 500)
-        ((5,), (64, 1024))
-    """
-    low = max(low, 1)
-    if high <= low:
-        return (low,)
-    above = [tokens for tokens in RANGE_BUCKETS if tokens >= low] or [low]
-    return (*(tokens for tokens in above if tokens < high), *[tokens for tokens in above if tokens >= high][:1])
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)

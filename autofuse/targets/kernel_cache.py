@@ -36,22 +36,19 @@ class KernelCache:
     def folder(self) -> Path:
         return cache_folder() / "kernels"
 
-    def get(
-        self, entry: str, key_parts: Sequence[str], build: Callable[[Path], Resources], *, fresh: bool = False
-    ) -> Artifact:
+    def get(self, entry: str, key_parts: Sequence[str], build: Callable[[Path], Resources]) -> Artifact:
         """The cached binary, or the one that ``build`` writes to the path it is given.
 
         Args:
             entry: the kernel's name, for a person who looks into the folder.
             key_parts: all that the binary depends on.
-            fresh: build even if the binary is there.
 
         Raises what ``build`` raises; TargetUnavailable if the folder cannot be written.
         """
         key = hashlib.sha256("\0".join(key_parts).encode()).hexdigest()[:24]
         binary = self.folder / f"{entry}-{key}{self._suffix}"
         notes = binary.with_suffix(".json")
-        if not fresh and (found := _read(binary, notes)):
+        if found := _read(binary, notes):
             return found
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

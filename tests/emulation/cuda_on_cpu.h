@@ -79,7 +79,8 @@ static inline int emulated_warp_uniform(int value) {
     const LaneMask* lanes = emulated_gather(emulated_all_lanes(), unsigned(value), "warp_uniform");
     for (int lane = 0; lane < WARP_SIZE; ++lane)
         if (int(lanes[lane]) != value)
-            emulated_error("warp_uniform: lane %d has %d, lane %d has %d", emulated_lane(), value, lane, int(lanes[lane]));
+            emulated_error("warp_uniform: lane %d has %d, lane %d has %d", emulated_lane(), value, lane,
+                           int(lanes[lane]));
     return value;
 }
 

@@ -1,4 +1,4 @@
-// One kernel, unmodified, as C++. SOURCE and KERNEL are its file and its function; its own -D tunables come beside them.
+// One kernel, unmodified, as C++. SOURCE and KERNEL are its file and its function; its tunables are given beside them.
 // A kernel calls its parameter struct Params, and its threads per block THREADS.
 #include "cuda_on_cpu.h"
 

@@ -122,7 +122,8 @@ void thread_main() {
             if (thread.state != AT_EXCHANGE) continue;
             here |= 1ull << lane, wanted |= thread.mask, what = thread.what;
         }
-        if (here) add("warp %u: lanes 0x%llx are at %s for lanes 0x%llx; ", first / emulated_warp_size, here, what, wanted);
+        if (here)
+            add("warp %u: lanes 0x%llx are at %s for lanes 0x%llx; ", first / emulated_warp_size, here, what, wanted);
     }
     emulated_error("no thread can go on: %s%u of %u threads have ended", text, ended, thread_count);
 }
