@@ -50,6 +50,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise BadInput(f"model config {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise BadInput(f"model config {path} is not JSON: {error}") from None
+    except RecursionError:
+        raise BadInput(f"model config {path} is nested too deeply for a model's config") from None
     if not isinstance(config, dict):
         raise BadInput(f"model config {path} is not a JSON object")
     return config

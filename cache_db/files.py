@@ -35,13 +35,23 @@ _T = TypeVar("_T")
 
 
 def default_path() -> Path:
-    """``$AUTOFUSE_DB``, else ``$XDG_CACHE_HOME/autofuse/tuned.db``, else ``~/.cache/autofuse/tuned.db``."""
+    """``$AUTOFUSE_DB``, else ``$XDG_CACHE_HOME/autofuse/tuned.db``, else ``~/.cache/autofuse/tuned.db``.
+
+    Raises DatabaseError where ``~`` stands for no folder.
+    """
     if named := os.environ.get("AUTOFUSE_DB"):
-        return Path(named).expanduser()
+        return _at_home(Path(named))
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # A relative XDG_CACHE_HOME is to be ignored, says the XDG Base Directory Specification.
-    folder = Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()
+    folder = Path(cache) if os.path.isabs(cache) else _at_home(Path("~/.cache"))
     return folder / "autofuse" / "tuned.db"
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise fault(path, f"cannot be found: {path.parts[0]} is no user's home folder here", ELSEWHERE) from None
 
 
 def check_readable(path: Path) -> None:

@@ -106,7 +106,7 @@ class Snapshot:
         tokens = [winner.tokens for winner in buckets]
         first = min(bisect_left(tokens, tokens_low), len(buckets) - 1)
         last = min(bisect_left(tokens, tokens_high), len(buckets) - 1)
-        between = tokens_low == tokens_high and 0 < first and tokens_low < tokens[first]
+        between = tokens_low == tokens_high and first > 0 and tokens_low < tokens[first]
         if not between and not within_reach(tokens[first], tokens[last], tokens_low, tokens_high):
             return self._out_of_reach(problem, buckets, tokens_low, tokens_high)
         if tokens_low < tokens_high:

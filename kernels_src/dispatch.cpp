@@ -35,7 +35,7 @@ struct TensorGuard {
     int32_t dtype;
     int32_t element_bytes;
     int32_t dims;  // -1: any, for one element in all
-    int32_t aligned;
+    int32_t align;  // bytes; 0: the variant's
     int32_t padding;
     int64_t sizes[MAX_DIMS];  // -1: T; -2: any but 0
 };
@@ -189,7 +189,7 @@ bool look_at(AtenTensorHandle handle, const TensorGuard& guard, const Entry& ent
 }
 
 bool aligned(const Tensor& tensor, const TensorGuard& guard, uint64_t align) {
-    if (!guard.aligned) return true;
+    if (guard.align) align = uint64_t(guard.align);
     if (reinterpret_cast<uint64_t>(tensor.data) % align) return false;
     for (int d = 0; d + 1 < guard.dims; ++d)
         if (tensor.sizes[d] > 1 && uint64_t(tensor.strides[d] * guard.element_bytes) % align) return false;

@@ -183,7 +183,7 @@ def test_why_walks_a_lookup(tune_tiny: TuneTiny, cli: Cli, database_path: Path) 
     assert f"problem: {PROBLEM}" in text
     assert "rule: exact" in text
     assert "faster here: " in text
-    assert json.loads(cli(*ask, "--tokens", "2..64", "--json"))["rule"] == "range"
+    assert json.loads(cli(*ask, "--tokens", "2..8", "--json"))["rule"] == "range"
 
 
 def test_why_fills_in_what_is_left_out_from_the_model(cli: Cli) -> None:
@@ -256,4 +256,5 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(database_path: Pat
 
 def measured(path: Path) -> list[Any]:
     with TunedDatabase(path, read_only=True) as database:
-        return database.trials(target_of(CPU), PROBLEM, 64, NORMS.source_hash("cpu"))
+        trials = database.trials(target_of(CPU), PROBLEM, 64, NORMS.source_hash("cpu"))
+    return [trial for trial in trials if trial.status == "ok"]  # what runs at the moment is a failure until it is done

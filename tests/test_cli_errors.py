@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -12,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from autofuse.cache_db import TunedDatabase
+from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.cli import show as show_module
 from autofuse.cli.app import run
 from autofuse.errors import TargetUnavailable
-from autofuse.targets import nvrtc
+from autofuse.ops import Config, Problem
+from autofuse.targets import Target, nvrtc
 
 Refused = Callable[..., str]
 
@@ -48,15 +51,19 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         ("tune --tokens 1000000000", "1000000000 is more than 1048576, the most that is tuned"),
         ("tune --op mla_dual_rmsnorm", "op 'mla_dual_rmsnorm' is none of"),
         ("tune --device gpu", "device 'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("tune --device cpu:3", "device 'cpu:3': there is one cpu"),
         ("tune --device cuda:99", "device cuda:99: "),
         ("tune --model deepseek-v4", "did you mean deepseek-v"),
         ("tune --model no/such/config.json", "model config no/such/config.json cannot be read"),
         ("tune --effort max", "effort 'max' is none of quick, default, exhaustive"),
         ("tune --dtype int8", "dtype 'int8' is none of bf16, fp16, fp32"),
         ("tune --problem nonsense", "problem 'nonsense' is not of the form op(name=value,...)"),
+        (f"tune --problem mla_dual_rms_norm(dtype=bf16,q_lora_rank={'9' * 5000})", "at most 18 ASCII digits"),
+        ("tune --problem mla_dual_rms_norm(dtype=bf16,q_lora_rank=٩٦)", "at most 18 ASCII digits"),
         ("tune --captured --tokens 1", "--captured brings its own token counts: leave --tokens out"),
         ("tune --captured --model deepseek-v3", "give one of them"),
         ("tune --seed x", "'--seed'"),
+        ("tune --seed -1", "'--seed'"),
         ("ops --op rms_norm", "op 'rms_norm' is none of"),
         ("show --op nothing", "op 'nothing' is none of"),
         ("show --trials --failures", "give one of --trials and --failures"),
@@ -65,6 +72,10 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         ("why mla_dual_rms_norm heads=3", "has no parameter 'heads'; it has dtype, q_lora_rank"),
         ("why mla_dual_rms_norm q_lora_rank", "'q_lora_rank' is not of the form name=value"),
         ("why mla_dual_rms_norm q_lora_rank=wide", "q_lora_rank is a whole number"),
+        ("why mla_dual_rms_norm q_lora_rank=٩٦", "q_lora_rank is a whole number"),
+        (f"why mla_dual_rms_norm q_lora_rank={'9' * 5000}", "q_lora_rank is a whole number"),
+        (f"why mla_dual_rms_norm --tokens 1..{'9' * 5000}", "is neither a whole number nor a range"),
+        ("why mla_dual_rms_norm --tokens ٣", "tokens '٣' is neither a whole number nor a range"),
         ("why mla_dual_rms_norm kv_lora_rank=3", "is not a whole number of 4-byte words"),
         ("why mla_dual_rms_norm dtype=fp64", "dtype 'fp64' is none of bf16, fp16, fp32"),
         ("why mla_dual_rms_norm --tokens 9..3", "tokens '9..3' is neither a whole number nor a range"),
@@ -142,6 +153,53 @@ def test_no_compiler_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CXX", "no-such-compiler")
     for command in ("compile --arch x86-64-v3 --configs 1", "compile --arch x86-64-v3 --configs 8"):
         assert "CXX='no-such-compiler' is not a command that can be run" in refused(*command.split())
+
+
+def test_a_compiler_with_half_a_quotation_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", '"')
+    assert "CXX='\"' is not a command" in refused("compile", "--arch", "x86-64-v3", "--configs", 1)
+    assert run(["doctor"]) == (0 if torch.cuda.is_available() else 1)
+    assert "CXX='\"' is not a command" in capsys.readouterr().out
+
+
+def test_a_config_that_is_nested_too_deeply_is_one_line(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000, encoding="utf-8")
+    assert "is nested too deeply" in refused("tune", "--model", tmp_path / "config.json")
+
+
+def test_a_home_folder_that_is_nobodys_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AUTOFUSE_DB", "~no-such-user/x.db")
+    said = "database ~no-such-user/x.db cannot be found: ~no-such-user is no user's home folder here"
+    assert refused("show").startswith(said)
+    assert run(["doctor"]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_output_that_cannot_show_a_character_shows_another(database_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+
+    def output(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "autofuse", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    problem = Problem("mla_dual_rms_norm", (("dtype", "bf16"),))
+    with TunedDatabase() as database:
+        target = Target("cpu", "x86-64-v4", "a CPU of 3 GHz × 2")
+        database.record_winner(
+            Winner(target, problem, 4, Config.of(ROWS=1), "a1b2", 1.0, 0.1, "eager", 2.0, 2.0, 1.9, 2.1)
+        )
+    shown = output("show")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "3 GHz ? 2" in shown.stdout
+    (winner,) = json.loads(output("show", "--json").stdout)
+    assert winner["target"] == str(target)
+    refused = output("tune", "--model", "✗")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_no_gpu_is_one_line(refused: Refused) -> None:

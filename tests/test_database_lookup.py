@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from autofuse.cache_db import Snapshot, TunedDatabase, Winner, explain_lookup
 from autofuse.errors import BadInput
+from autofuse.ops.buckets import RANGE_BUCKETS, buckets_serving
 from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
 
@@ -37,6 +39,8 @@ TUNED = snapshot(winner(1), winner(64), winner(2048))
         (65, "between", [2048, 64]),
         (63, "between", [64, 1]),
         (2049, "nearest", [2048]),
+        (4096, "nearest", [2048]),
+        (4097, "untuned", []),
         (0, "nearest", [1]),
     ],
 )
@@ -52,13 +56,61 @@ def test_a_static_call(tokens: int, rule: str, answering: list[int]) -> None:
         (1, 64, [1, 64]),
         (64, 65, [64, 2048]),
         (65, 2048, [2048]),
-        (2049, 9999, [2048]),
-        (0, 2**62, [1, 64, 2048]),
+        (2049, 4096, [2048]),
+        (0, 4096, [1, 64, 2048]),
     ],
 )
 def test_a_range_is_answered_by_every_bucket_that_serves_it(low: int, high: int, answering: list[int]) -> None:
     answer = TUNED.lookup(PROBLEM, low, high, "abc")
     assert (answer.rule, [known.tokens for known in answer.winners]) == ("range", answering)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "low", "high", "to_tune"),
+    [
+        ([1], 2048, 2048, "2048"),
+        ([1], 2, 2**31, "64,1024,8192"),
+        ([1], 3, 3, "3"),
+        ([64], 31, 31, "31"),
+        ([64], 1, 64, "1"),
+        ([1, 64, 1024], 2, 2**31, "8192"),
+        ([1, 8192], 2, 2**31, "64,1024"),
+        ([2048], 2049, 9999, "8192"),
+    ],
+)
+def test_what_was_tuned_far_from_the_call_does_not_answer_and_what_to_tune_is_said(
+    tuned: list[int], low: int, high: int, to_tune: str
+) -> None:
+    answer = snapshot(*map(winner, tuned)).lookup(PROBLEM, low, high, "abc")
+    assert (answer.rule, answer.winners, answer.beats_baseline) == ("untuned", (), False)
+    assert f"which is T={', '.join(map(str, tuned))}: " in answer.reason
+    assert f"`autofuse tune --problem '{PROBLEM}' --tokens {to_tune}`" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("tuned", "low", "high", "rule"),
+    [
+        ([1], 2, 2, "nearest"),
+        ([64], 32, 32, "nearest"),
+        ([8192], 1 << 20, 1 << 20, "nearest"),
+        ([64, 1024, 8192], 2, 2**31, "range"),
+        ([128, 4096], 2, 2**31, "range"),
+        ([1, 16], 1, 16, "range"),
+        ([8192], 100_000, 200_000, "range"),
+    ],
+)
+def test_what_was_tuned_near_the_call_or_where_bandwidth_binds_answers(
+    tuned: list[int], low: int, high: int, rule: str
+) -> None:
+    assert snapshot(*map(winner, tuned)).lookup(PROBLEM, low, high, "abc").rule == rule
+
+
+def test_tuning_at_the_buckets_that_serve_a_call_always_makes_it_answered() -> None:
+    edges = sorted({max(edge + step, 0) for edge in (0, *RANGE_BUCKETS, 1 << 20, 1 << 31) for step in (-1, 0, 1)})
+    for low, high in combinations_with_replacement(edges, 2):
+        for known in ((), (1,), (700,), (1 << 20,)):
+            tuned = sorted({*known, *buckets_serving(low, high)})
+            assert snapshot(*map(winner, tuned)).lookup(PROBLEM, low, high, "abc").winners, (low, high, tuned)
 
 
 def test_the_reason_is_a_sentence_with_the_figures() -> None:
@@ -76,9 +128,9 @@ def test_between_two_buckets_both_must_beat_their_baselines() -> None:
 
 
 def test_winners_of_another_kernel_version_are_passed_over() -> None:
-    mixed = snapshot(winner(1, source_hash="old"), winner(64))
+    mixed = snapshot(winner(48, source_hash="old"), winner(64))
     assert [known.tokens for known in mixed.buckets(PROBLEM, "abc")] == [64]
-    assert mixed.lookup(PROBLEM, 1, 1, "abc").rule == "nearest"
+    assert mixed.lookup(PROBLEM, 48, 48, "abc").rule == "nearest"
 
 
 def test_only_stale_winners_ask_for_tuning_again() -> None:

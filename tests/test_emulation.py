@@ -21,8 +21,6 @@ TOKENS = (1, 3, 17, 45)  # the last is more than one block of every config
 LARGE = 1 << 16  # the T that configs are drawn for: constraints on small T do not bite
 TRIES = 300  # random configs until one has a wanted value and meets the constraints
 MOST_THREADS = 1024
-# The binding accepts an fp8 cache at any byte, and the kernel stores words: to be removed when one of the two changes.
-LEAST_ALIGN = {"mla_rope_kv_cache_cat": 4}
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,6 @@ def test_gpu_kernels_compute_their_op(case: Case) -> None:
             args,
             kind=case.kind,
             warp_size=case.warp_size,
-            least_align=LEAST_ALIGN.get(op.name, 1),
         )
         written = [args[index] for index in op.mutates if args[index] is not None]
         for index, (result, right) in enumerate(zip([*results, *written], exact, strict=True)):

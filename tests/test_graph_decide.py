@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
-from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, isolate, without_code_generation
+from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, RMSNorm, isolate, without_code_generation
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofuse.cache_db import TunedDatabase, Winner, default_path
 from autofuse.errors import BadInput
 from autofuse.graph import notice
+from autofuse.graph.alignment import misalignment
 from autofuse.graph.decide import ANY_TOKENS, Decider, Knowledge, token_range
 from autofuse.graph.fusions import FUSIONS, Site
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
 from autofuse.graph.report import GraphReport, NearMissReport, SiteReport
 from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import LEVELS, Settings
-from autofuse.ops import get_op
+from autofuse.ops import Config, LaunchShape, get_op
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 
@@ -87,7 +96,7 @@ def symbolic(low=None, high=None):
         return gm.forward
 
     torch._dynamo.reset()
-    x = torch.zeros(8, 3)
+    x = torch.zeros(max(low or 0, 8), 3)
     torch._dynamo.mark_dynamic(x, 0, min=low, max=high)
     torch.compile(lambda x: x + 1, backend=backend)(x)
     return seen[0]
@@ -115,10 +124,43 @@ def test_a_gain_within_the_noise_is_none():
 def test_a_range_of_tokens_takes_all_buckets_that_serve_it():
     tuned(winner(1, 1.5), winner(16, 1.4), winner(64, 1.2))
     assert buckets(decide(symbolic(low=2, high=20))) == [16, 64]
-    assert buckets(decide(symbolic())) == [16, 64]
+    assert (decide(symbolic()).plan, decide(symbolic()).rule) == (None, "untuned")
+    tuned(winner(8192, 1.2))
+    assert buckets(decide(symbolic())) == [16, 64, 8192]
     tuned(winner(64, 0.9))
-    assert decide(symbolic()).plan is None
+    assert (decide(symbolic()).plan, decide(symbolic()).rule) == (None, "range")
     assert buckets(decide(symbolic(low=2, high=16))) == [16]
+
+
+def captured_buckets_of(decision):
+    """What ``autofuse tune --captured`` would tune."""
+    from autofuse.tuner.api import captured_buckets
+
+    assert (decision.plan, decision.rule) == (None, "untuned")
+    with TunedDatabase(default_path(), read_only=True) as database:
+        return sorted({bucket.tokens for site in database.captured() for bucket in captured_buckets(site)})
+
+
+@pytest.mark.parametrize("known", [(), (1,), (1, 64, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "tokens",
+    [3000, 1 << 21, (None, None), (2, 5000), (10000, 1 << 20)],
+    ids=["static", "more than can be tuned", "unbounded", "bounded", "large"],
+)
+def test_what_was_captured_is_fused_once_it_is_tuned(tokens, known):
+    tuned(*(winner(each, 1.5) for each in known))
+    tokens = tokens if isinstance(tokens, int) else symbolic(*tokens)
+    tuned(*(winner(each, 1.5) for each in captured_buckets_of(decide(tokens))))
+    assert decide(tokens).plan is not None
+
+
+def test_a_config_tuned_for_one_token_does_not_run_thousands():
+    tuned(winner(1, 1.5))
+    for tokens in (2048, symbolic()):
+        decision = decide(tokens)
+        assert (decision.plan, decision.rule) == (None, "untuned")
+        assert "`autofuse tune --problem" in decision.reason
+    assert decide(2).plan is not None
 
 
 def test_the_range_comes_from_the_bounds_of_the_symbol():
@@ -175,6 +217,127 @@ def test_tuning_that_fails_leaves_the_site(caplog):
     decision = decide(16, {"autofuse.untuned": "tune"}, tune=tune)
     assert (decision.plan, decision.rule) == (None, "untuned")
     assert "could not tune" in caplog.text
+
+
+@pytest.mark.parametrize("config", [Config.of(THREADS=1), {"TASK_ROWS": 5}, {"THREADS": 1, "TASK_ROWS": 8}], ids=str)
+def test_a_winner_whose_config_is_none_of_the_ops_is_left_alone(config):
+    good = winner(16, 1.5)
+    config = config if isinstance(config, Config) else Config.of(good.config, **config)
+    tuned(replace(good, config=config))
+    decision = decide(16)
+    assert (decision.plan, decision.rule) == (None, "refused")
+    assert f"{config}, is no config of mla_dual_rms_norm for cpu" in decision.reason
+    assert "--retune" in decision.reason
+
+
+def test_a_config_for_many_tokens_is_in_the_space_whatever_t_it_was_tuned_at():
+    best = winner(1, 1.5)
+    tuned(replace(best, config=Config.of(best.config, TASK_ROWS=1, UNROLL=4)))
+    assert decide(1).plan is not None
+
+
+@contextmanager
+def locked(path) -> Iterator[None]:
+    """Another process is writing, and does not end."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_a_locked_database_is_waited_for_once_and_shortly(caplog, monkeypatch):
+    tuned(winner(1, 1.5))
+    with caplog.at_level(logging.WARNING, "autofuse"), locked(default_path()):
+        begin = time.perf_counter()
+        assert decide(16).rule == "untuned"
+        assert time.perf_counter() - begin < 2
+        with monkeypatch.context() as patch:
+            patch.setattr("autofuse.graph.decide.TunedDatabase", lambda *_, **__: pytest.fail("opened again"))
+            assert decide(32).rule == "untuned"
+    (warning,) = caplog.records
+    assert "cannot remember" in warning.message
+    decide(64)  # free again, but given up for this process
+    with TunedDatabase(default_path(), read_only=True) as database:
+        assert not database.captured()
+
+
+def needs_alignment(monkeypatch, bytes_):
+    """The CPU's kernels load from any address: as if they did not."""
+    monkeypatch.setattr(type(get_op("mla_dual_rms_norm")), "launch_shape", lambda *_: LaunchShape(align=bytes_))
+
+
+class Sliced(torch.nn.Module):
+    """Both latents as columns of a wider tensor: [T, columns] → two norms."""
+
+    def __init__(self, gap, rope=8):
+        super().__init__()
+        self.gap, self.columns = gap, Q_RANK + gap + KV_RANK + rope
+        self.q_norm, self.kv_norm = RMSNorm(Q_RANK, torch.bfloat16), RMSNorm(KV_RANK, torch.bfloat16)
+
+    def forward(self, x):
+        start = Q_RANK + self.gap
+        return self.q_norm(x[:, :Q_RANK]), self.kv_norm(x[:, start : start + KV_RANK])
+
+
+def site_of(model, x, dynamic=False):
+    with without_code_generation(), torch.no_grad():
+        torch.compile(model, backend="autofuse", dynamic=dynamic, options={"autofuse.untuned": "fuse"})(x)
+    (site,) = last_reports()[-1].sites
+    return site
+
+
+@pytest.mark.parametrize("dynamic", [False, None], ids=["static", "mark_dynamic"])
+@pytest.mark.parametrize(
+    ("gap", "rope", "what"),
+    [
+        (0, 8, None),
+        (4, 4, "storage offset of kv_c, 52 elements of 2 bytes"),
+        (0, 12, "stride in dimension 0 of q_c, 92 elements of 2 bytes"),
+    ],
+)
+def test_what_a_kernel_cannot_load_is_refused(monkeypatch, gap, rope, what, dynamic):
+    needs_alignment(monkeypatch, 16)
+    model = Sliced(gap, rope)
+    x = torch.randn(16, model.columns, dtype=torch.bfloat16)
+    if dynamic is None:
+        torch._dynamo.mark_dynamic(x, 0)
+    site = site_of(model, x, dynamic)
+    assert (site.fused, site.rule == "refused") == (what is None, what is not None), site
+    if what is not None:
+        assert what in site.reason
+        assert "multiple of the 16 bytes" in site.reason
+        needs_alignment(monkeypatch, 8)
+        assert site_of(model, x, dynamic).fused
+
+
+def test_the_offset_of_a_graph_input_counts(monkeypatch):
+    needs_alignment(monkeypatch, 16)
+    model = Sliced(0)
+    wide = torch.randn(16, model.columns + 8, dtype=torch.bfloat16)
+    assert site_of(model, wide[:, 8:]).fused
+    refused = site_of(model, wide[:, 4:-4])
+    assert "storage offset of q_c, 4 elements" in refused.reason
+    model.kv_norm.weight = torch.nn.Parameter(torch.ones(KV_RANK + 1, dtype=torch.bfloat16)[1:], requires_grad=False)
+    assert "storage offset of kv_weight, 1 elements" in site_of(model, wide[:, 8:]).reason
+
+
+def test_one_row_is_stepped_over_by_nobody(monkeypatch):
+    needs_alignment(monkeypatch, 16)
+    model = Sliced(0, rope=12)
+    assert site_of(model, torch.randn(1, model.columns, dtype=torch.bfloat16)).fused
+
+
+def test_a_symbolic_stride_is_refused_only_if_it_never_fits():
+    op = get_op("mla_dual_rms_norm")
+    plan = Plan("x86-64", PROBLEM, ((16, op.default_config("cpu", PROBLEM, 16)),))
+    columns = symbolic()
+    with columns.node.shape_env.suppress_guards(), FakeTensorMode(shape_env=columns.node.shape_env):
+        fits, never = (
+            torch.empty_strided((4, Q_RANK), (stride, 1), dtype=torch.bfloat16) for stride in (columns, 8 * columns + 3)
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        needs_alignment(patch, 16)
+        assert misalignment(op, plan, {0: fits}) is None
+        assert "stride in dimension 0 of q_c" in (misalignment(op, plan, {0: never}) or "")
 
 
 def test_level_flag_and_refusal_come_first():

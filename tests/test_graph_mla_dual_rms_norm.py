@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import HIDDEN, KV_RANK, Q_RANK, ROPE, MlaLatents, RMSNorm, post_grad_graph
+from models import HIDDEN, KV_RANK, Q_RANK, ROPE, MlaLatents, RMSNorm, post_grad_graph, without_code_generation
 from torch import nn
 
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
 from autofuse.graph.recognise import recognise
+from autofuse.graph.report_store import last_reports
 
 DTYPE = torch.bfloat16
 
@@ -141,6 +142,59 @@ def test_nothing_is_moved_over_a_mutation():
     assert kv.output > written
 
 
+class Unpaired(nn.Module):
+    """Norms of columns of projections of the same activations, which cannot be paired.
+
+    Args:
+        projections: for each, the columns that a norm reads.
+    """
+
+    def __init__(self, *projections: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.projections = projections
+        self.down = nn.ModuleList(nn.Linear(HIDDEN, 96, bias=False, dtype=DTYPE) for _ in projections)
+        self.norms = nn.ModuleList(RMSNorm(end - start, DTYPE) for parts in projections for start, end in parts)
+
+    def forward(self, x):
+        latents = zip([down(x) for down in self.down], self.projections, strict=True)
+        parts = [latent[..., start:end] for latent, columns in latents for start, end in columns]
+        return [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("projections", "reason"),
+    [
+        ([[(0, 48), (40, 72)]], "overlap"),
+        ([[(0, 48), (0, 48)]], "overlap"),
+        ([[(0, 48), (48, 80), (80, 96)]], "3 norms read parts of"),
+        ([[(0, 48)], [(16, 48)]], "which of the norms over projections of"),
+        ([[(0, 48)], [(0, 32)], [(0, 16)]], "which of the norms over projections of"),
+    ],
+    ids=["overlap", "same columns", "three of one", "no latent first", "three of three"],
+)
+def test_norms_of_a_projection_that_cannot_be_paired_are_near_misses(projections, reason):
+    found = recognise(post_grad_graph(Unpaired(*projections), hidden()))
+    assert len(found.rms_norms()) == sum(map(len, projections))
+    assert MlaDualRMSNorm().match(found) == []
+    (miss,) = MlaDualRMSNorm().near_misses(found)
+    assert reason in miss.reason
+    assert miss.block == "mla_dual_rms_norm"
+
+
+def test_a_near_miss_is_reported():
+    with without_code_generation(), torch.no_grad():
+        torch.compile(Unpaired([(0, 48), (40, 72)]), backend="autofuse")(hidden())
+    report = last_reports()[-1]
+    (miss,) = report.near_misses
+    assert report.sites == ()
+    assert "overlap: columns 0 to 48 of mm, columns 40 to 72 of mm" in str(miss)
+
+
+@pytest.mark.parametrize("module", [MlaLatents(DTYPE), MlaLatents(DTYPE, joint=False), Unpaired([(0, 48)])])
+def test_pairs_and_lone_norms_are_no_near_misses(module):
+    assert MlaDualRMSNorm().near_misses(recognise(post_grad_graph(module, hidden()))) == []
+
+
 class Attention(nn.Module):
     """GQA with QK-norm, over each head (Qwen3) or over all of them (OLMo 2); one projection or three."""
 
@@ -174,6 +228,7 @@ def test_qk_norm_is_not_mla(per_head, fused, kv_heads):
     graph = post_grad_graph(module, hidden())
     assert len(recognise(graph).rms_norms()) == 2
     assert MlaDualRMSNorm().match(recognise(graph)) == []
+    assert MlaDualRMSNorm().near_misses(recognise(graph)) == []
 
 
 class Layers(nn.Module):
@@ -218,3 +273,4 @@ def test_other_norms_are_not_paired(module):
     graph = post_grad_graph(module(), hidden())
     assert len(recognise(graph).rms_norms()) >= 2
     assert MlaDualRMSNorm().match(recognise(graph)) == []
+    assert MlaDualRMSNorm().near_misses(recognise(graph)) == []

@@ -93,6 +93,25 @@ def test_new_nodes_carry_the_values_of_those_they_replace(dynamic):
         )
 
 
+@pytest.mark.parametrize("dynamic", [False, None], ids=["static", "mark_dynamic"])
+@pytest.mark.parametrize("joint", [True, False], ids=["one projection", "two projections"])
+def test_a_site_knows_the_tensors_that_the_op_will_get(joint, dynamic):
+    x = hidden()
+    if dynamic is None:
+        torch._dynamo.mark_dynamic(x, 1)
+    graph = post_grad_graph(MlaLatents(joint=joint), x, dynamic=dynamic)
+    fusion = MlaDualRMSNorm()
+    (site,) = fusion.match(recognise(graph))
+    before = {index: layout(value) for index, value in site.tensors().items()}
+    fusion.rewrite(graph, site, "")
+    (fused,) = graph.find_nodes(op="call_function", target=OP)
+    assert before == {index: layout(fused.args[index].meta["val"]) for index in range(4)}
+
+
+def layout(value):
+    return value.dtype, str(list(value.shape)), str(value.stride()), str(value.storage_offset())
+
+
 def test_two_symbolic_sizes_are_read_from_the_graph():
     x = hidden(3, 5)
     torch._dynamo.mark_dynamic(x, 0)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import autofuse
+from autofuse import kernels_src
 from autofuse.cache_db import Captured, TunedDatabase, Winner
 from autofuse.errors import AutofuseError, BadInput, TargetUnavailable, UnsupportedCall
 from autofuse.ops import Problem, get_op
 from autofuse.targets import target_of
-from autofuse.tuner import api
+from autofuse.tuner import api, job
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, tune_buckets
+from autofuse.tuner.measure import Runner, Timing
 from autofuse.tuner.verify import WrongResult, verify
 
 CPU = torch.device("cpu")
@@ -107,6 +113,59 @@ def test_a_changed_kernel_is_tuned_anew(tiny: Effort, edit_kernels: EditKernels)
     assert new.source_hash != old.source_hash
 
 
+def test_the_rounds_that_choose_a_config_do_not_judge_it(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[list[Runner]] = []
+
+    def pretend(prepared: Sequence[Runner], rounds: int, seed: int = 0) -> list[Timing]:
+        timed.append(list(prepared))
+        chooses = len(timed) == 1
+        return [Timing((2.0 + (index != 1 if chooses else index),) * rounds) for index in range(len(prepared))]
+
+    monkeypatch.setattr(job, "interleave", pretend)
+    with TunedDatabase() as database:
+        (winner,) = tune(database, tiny, norms())
+        finalists = [trial.config for trial in rows(database, norms())][: tiny.finalists]
+    choosing, judging = timed
+    assert len(choosing) == tiny.finalists == 2
+    assert judging[-1] is choosing[1]
+    assert not set(judging[:-1]) & set(choosing)
+    assert winner.config == finalists[1]
+    assert (winner.time_us, winner.baseline_us) == (1.0 + len(judging), 2.0)
+
+
+def test_on_a_busy_machine_only_the_judgement_is_made_again(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def unsteady(prepared: Sequence[Runner], rounds: int, seed: int = 0) -> list[Timing]:
+        sizes.append(len(prepared))
+        return [Timing(tuple(1.0 + (index + seed) % 3 for index in range(rounds))) for _ in prepared[:-1]] + [
+            Timing((2.0,) * rounds)
+        ]
+
+    monkeypatch.setattr(job, "interleave", unsteady)
+    with TunedDatabase() as database:
+        tune(database, replace(tiny, attempts=3), norms())
+    assert sizes == [2, 4, 4, 4]  # two finalists, then the chosen one beside three baselines
+
+
+def test_without_a_working_inductor_the_baseline_is_eager_alone(
+    tiny: Effort, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    monkeypatch.setattr("autofuse.tuner.baselines.compile_fx", broken)
+    with TunedDatabase() as database:
+        (winner,) = tune(database, tiny, norms())
+        assert database.baselines(target_of(CPU), norms(), 4).keys() == {"eager"}
+    assert winner.baseline == "eager"
+    (record,) = [each for each in caplog.records if each.name == "autofuse.tuner"]
+    assert record.levelname == "WARNING"
+    assert "no baseline through torch.compile" in record.message
+    assert "no working C++ compiler" in record.message
+    assert "\n" not in record.message
+
+
 # Failures are rows
 
 
@@ -129,16 +188,106 @@ def test_a_kernel_that_forgets_a_row_is_wrong(tiny: Effort, edit_kernels: EditKe
         assert {trial.status for trial in rows(database, problem)} == {"wrong"}
 
 
-def test_a_kernel_that_does_not_compile_is_a_row_with_the_compilers_words(
+def test_where_no_config_compiles_the_compilers_words_are_an_error_and_no_row(
     tiny: Effort, edit_kernels: EditKernels
 ) -> None:
     problem = norms(q=160)
     edit_kernels("mla_dual_rms_norm.cpp", "const Params p = *params;", "const Params p = *params; no_such_name();")
     with TunedDatabase() as database:
-        assert tune(database, tiny, problem) == []
-        trials = database.failures()
-    assert [trial.status for trial in trials] == ["compile_error"] * tiny.trials
-    assert "no_such_name" in trials[0].message
+        with pytest.raises(TargetUnavailable, match=r"no config of mla_dual_rms_norm.* compiles.*no_such_name"):
+            tune(database, tiny, problem)
+        assert database.failures() == []
+
+
+@pytest.mark.parametrize("retune", [False, True])
+def test_a_compiler_that_compiles_nothing_spoils_nothing(
+    retune: bool, tiny: Effort, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    problem = norms(q=184 + 16 * retune)
+    with TunedDatabase() as database:
+        if retune:
+            tune(database, tiny, problem)
+        before = rows(database, problem)
+        with monkeypatch.context() as broken:
+            broken.setenv("XDG_CACHE_HOME", str(tmp_path))
+            broken.setenv("CXX", shutil.which("false") or "/bin/false")
+            with pytest.raises(TargetUnavailable, match=r"false does not compile mla_dual_rms_norm\.cpp"):
+                tune(database, tiny, problem, retune=retune)
+        assert rows(database, problem) == before
+        tune(database, tiny, problem)
+        assert [trial.status for trial in rows(database, problem)] == ["ok"] * tiny.trials
+
+
+def test_what_failed_elsewhere_is_tried_again(tiny: Effort) -> None:
+    problem, whole = norms(q=208), replace(tiny, exhaustive_up_to=100)
+    with TunedDatabase() as database:
+        tune(database, whole, problem, 1)
+        kept, *_, again = rows(database, problem, 1)
+        other = database.record_provenance({"compiler": "another one"})
+        failure = replace(again, status="compile_error", time_us=None, provenance=other)
+        database.record_trial(failure)
+        database.record_trial(replace(kept, provenance=other))
+        events: list[Event] = []
+        tune(database, whole, problem, 1, on_event=events.append)
+        assert [event.trial.config for event in events if isinstance(event, TrialDone)] == [again.config]
+        database.record_trial(replace(failure, provenance=again.provenance))
+        events.clear()
+        tune(database, whole, problem, 1, on_event=events.append)
+    assert not any(isinstance(event, TrialDone) for event in events)
+
+
+_TUNE = """
+import sys
+from pathlib import Path
+import torch
+import autofuse.kernels_src
+autofuse.kernels_src.FOLDER = Path(sys.argv[1])
+from autofuse.cache_db import TunedDatabase
+from autofuse.ops import Problem
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.job import Bucket, tune_buckets
+effort = Effort(trial_rounds=2, final_rounds=4, cpu_round_us=50.0, ring_bytes=1, verify_seeds=1, attempts=1)
+with TunedDatabase() as database:
+    tune_buckets([Bucket(Problem.parse(sys.argv[2]), 1)], torch.device("cpu"), database, effort)
+"""
+
+
+def test_a_config_that_takes_the_process_down_is_not_run_again(edit_kernels: EditKernels) -> None:
+    problem = norms(q=216)
+    crash = "if (UNROLL == 1 && VECTOR_BYTES == 64) __builtin_trap();"
+    edit_kernels("mla_dual_rms_norm.cpp", "const Params p = *params;", f"const Params p = *params; {crash}")
+    command = [sys.executable, "-c", _TUNE, str(kernels_src.FOLDER), str(problem)]
+    assert subprocess.run(command, capture_output=True).returncode < 0
+    with TunedDatabase() as database:
+        (died,) = [trial for trial in rows(database, problem, 1) if trial.status != "ok"]
+        assert (died.status, died.message) == ("launch_error", "the process died while this config ran")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    with TunedDatabase() as database:
+        trials = rows(database, problem, 1)
+        assert [trial for trial in trials if trial.status != "ok"] == [died]
+        assert len(trials) > 1
+        assert len(database.winners()) == 1
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), MemoryError(), TargetUnavailable("the device is gone")])
+@pytest.mark.parametrize("retune", [False, True])
+def test_what_is_no_fault_of_the_config_leaves_its_row_as_it_was(
+    fault: BaseException, retune: bool, tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> float:
+        (during,) = [trial for trial in rows(database, norms()) if "the process died" in trial.message]
+        assert during.status == "launch_error"
+        raise fault
+
+    with TunedDatabase() as database:
+        if retune:
+            tune(database, tiny, norms())
+        before = rows(database, norms())
+        monkeypatch.setattr(job, "verify", stopped)
+        with pytest.raises(type(fault)):
+            tune(database, tiny, norms(), retune=retune)
+        assert rows(database, norms()) == before
 
 
 def test_one_config_that_fails_leaves_the_others_to_win(tiny: Effort, edit_kernels: EditKernels) -> None:

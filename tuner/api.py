@@ -15,7 +15,7 @@ from autofuse.errors import AutofuseError, BadInput
 from autofuse.models import PRESETS, model_config
 from autofuse.ops import OPS, Problem, get_op
 from autofuse.ops.base import DTYPES
-from autofuse.ops.buckets import buckets_serving
+from autofuse.ops.buckets import RANGE_BUCKETS, buckets_serving
 from autofuse.targets import parse_device
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.budgets import effort as effort_named
@@ -35,8 +35,8 @@ __all__ = [
     "tune_site",
 ]
 
-DEFAULT_TOKENS = (1, 64, 1024)
-"""What is tuned where nobody names token counts: decode, a batch of decodes, prefill."""
+DEFAULT_TOKENS = RANGE_BUCKETS
+"""What is tuned where nobody names token counts: enough for a graph that is compiled for any T."""
 
 SITE_SECONDS = 600.0
 """How long ``torch.compile`` waits for a site to be tuned; what was measured by then is kept."""

@@ -38,10 +38,8 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
     try:
         compiled, generated = compiled_reference(op, args)
     except Exception as error:  # whatever Inductor, Triton or a compiler raises
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        logger.warning(
-            "%s: no baseline through torch.compile, which fails: %s: %s", op.name, type(error).__name__, why[:_SHOWN]
-        )
+        why = " ".join(str(error).split())[:_SHOWN]
+        logger.warning("%s: no baseline through torch.compile, which fails: %s: %s", op.name, type(error).__name__, why)
         return calls
     calls["compile"] = compiled
     if generated is not None and all(not isinstance(arg, torch.Tensor) or arg.device.type == "cpu" for arg in args):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
-from autofuse.errors import BadInput, CompileError, LaunchError
+from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, Problem, get_op
 from autofuse.runtime.dispatch import load_kernel, registry
 from autofuse.runtime.plan import Plan
@@ -20,13 +21,15 @@ from autofuse.targets import Artifact, Target, target_of, toolchain
 from autofuse.tuner.baselines import baseline_calls
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
-from autofuse.tuner.measure import Gain, Ring, Timing, example_ring, gain, interleave, runner, time_alone
+from autofuse.tuner.measure import Gain, Ring, Runner, Timing, example_ring, gain, interleave, runner, time_alone
 from autofuse.tuner.search import search_for
 from autofuse.tuner.verify import WrongResult, verify
 
 __all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
 
 logger = logging.getLogger("autofuse.tuner")
+
+_DIED = "the process died while this config ran"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def tune_buckets(
 ) -> list[Winner]:
     """Tunes each bucket on ``device``; what the database knows of the present kernel sources is not measured again.
 
-    Every trial is in the database as soon as it is measured: an interrupted job goes on where it was.
+    Every trial is in the database as soon as it is measured: an interrupted job goes on where it was. A config is a
+    failure there from before it runs, so that one that takes the process down with it is not tried again. Failures
+    are tried again where the provenance (driver, toolkit, compiler…) is another one.
 
     Args:
         retune: measure everything anew.
@@ -85,8 +90,8 @@ def tune_buckets(
         on_event: called as the work goes on.
 
     Returns: the winners, of buckets that have one.
-    Raises: BadInput, TargetUnavailable, DatabaseError. A config that fails is a row, not an error; if none compiles for
-        want of a compiler, TargetUnavailable.
+    Raises: BadInput, TargetUnavailable, DatabaseError. A config that fails is a row, not an error; if not one of a
+        bucket compiles, that is the compiler's fault rather than theirs: TargetUnavailable, and no row.
     """
     target = target_of(device)
     chain = toolchain(target.kind)
@@ -138,7 +143,7 @@ class _BucketTuning:
         self._cached_ring: Ring | None = None
 
     def run(self, *, retune: bool, seed: int) -> Winner | None:
-        known = {} if retune else {trial.config: trial for trial in self._trials()}
+        known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
         space = self._op.kernel_source(self._target.kind).space
         times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
         search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
@@ -149,17 +154,31 @@ class _BucketTuning:
             self._on_event(BucketDone(self._bucket, winner, measured=False))
             return winner
         measured: set[Config] = set(known)
+        compiles = any(trial.status != "compile_error" for trial in known.values())
+        held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
         for batch in search.batches():
             specs = [self._op.spec(self._target.kind, self._problem, config) for config in batch]
             for config, future in zip(batch, self._pool.submit(specs), strict=True):
-                trial = self._database.record_trial(self._measure(config, future))
-                measured.add(config)
+                trial = self._measure(config, future)
                 search.tell(config, trial.time_us if trial.status == "ok" else None)
-                self._on_event(TrialDone(self._bucket, trial))
+                held.append(trial)
+                compiles = compiles or trial.status != "compile_error"
+                while compiles and held:
+                    done = held.pop(0)
+                    if done.status == "compile_error":
+                        done = self._database.record_trial(done)
+                    measured.add(done.config)
+                    self._on_event(TrialDone(self._bucket, done))
+        if held:
+            raise TargetUnavailable(f"no config of {self._problem} compiles, the first for: {held[0].message}")
         finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
         winner = self._final(finalists[: self._effort.finalists])
         self._on_event(BucketDone(self._bucket, winner, measured=True))
         return winner
+
+    def _holds(self, trial: Trial) -> bool:
+        """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's."""
+        return trial.status == "ok" or trial.provenance == self._provenance
 
     def _trials(self) -> list[Trial]:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
@@ -181,12 +200,38 @@ class _BucketTuning:
         return self._cached_ring
 
     def _measure(self, config: Config, compiling: Future[Artifact]) -> Trial:
-        """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome."""
+        """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome.
+
+        The trial is recorded, but for one that does not compile.
+        """
         try:
             artifact = compiling.result()
         except CompileError as error:
             return self._trial(config, "compile_error", message=str(error))
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
+        with self._presumed_dead(self._trial(config, "launch_error", message=_DIED, **facts)):
+            return self._database.record_trial(self._outcome(config, facts))
+
+    @contextmanager
+    def _presumed_dead(self, trial: Trial) -> Iterator[None]:
+        """Records ``trial`` for the case that the process does not live to record another outcome.
+
+        If an exception ends the block, it was not the config's fault: what was recorded before is put back.
+        """
+        before = self._database.same_key(trial)
+        try:
+            self._database.record_trial(trial)
+            yield
+        except BaseException:
+            with suppress(AutofuseError):
+                if before is None:
+                    self._database.forget_trial(trial)
+                else:
+                    self._database.record_trial(before)
+            raise
+
+    def _outcome(self, config: Config, facts: Mapping[str, Any]) -> Trial:
+        """Verifies and times a config that compiles."""
         try:
             call = self._load(config)
             difference = verify(self._op, self._problem, self._tokens, call, self._device, self._effort)
@@ -219,23 +264,29 @@ class _BucketTuning:
         return lambda *args: overload(*args, plan)
 
     def _final(self, configs: Sequence[Config]) -> Winner | None:
-        """Measures the best configs and the baselines in turns; records the baselines and the winner."""
+        """Chooses one of the best configs, measures it and the baselines in turns, and records these and the winner."""
         if not configs:
             logger.warning(
                 "%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens
             )
             return None
         ring, rounds = self._ring(), self._effort.final_rounds
+
+        def prepared(call: Callable[..., Any]) -> Runner:
+            return runner(call, ring, self._device, self._effort)
+
+        # What looked best by luck is measured anew: its time and gain come from other rounds than those that chose it.
+        candidates = [prepared(self._load(config)) for config in configs]
+        chosen = 0
+        if len(configs) > 1:
+            medians = [timing.median_us for timing in interleave(candidates, rounds)]
+            chosen = medians.index(min(medians))
         baselines = baseline_calls(self._op, ring.sets[0])
-        calls = [*baselines.values(), *map(self._load, configs)]
-        prepared = [runner(call, ring, self._device, self._effort) for call in calls]
+        judged = [*map(prepared, baselines.values()), candidates[chosen]]
         final: _Final | None = None
-        for _ in range(self._effort.attempts):
-            timings = interleave(prepared, rounds)
-            again = _Final.of(
-                dict(zip(baselines, timings[: len(baselines)], strict=True)),
-                dict(zip(configs, timings[len(baselines) :], strict=True)),
-            )
+        for attempt in range(self._effort.attempts):
+            *timings, timing = interleave(judged, rounds, seed=1 + attempt)
+            again = _Final.of(dict(zip(baselines, timings, strict=True)), timing)
             if final is None or again.interval < final.interval:
                 final = again
             if final.interval <= self._effort.steady_interval:
@@ -259,7 +310,7 @@ class _BucketTuning:
                 self._target,
                 self._problem,
                 self._tokens,
-                final.config,
+                configs[chosen],
                 self._source_hash,
                 timing.median_us,
                 timing.spread_us,
@@ -275,19 +326,17 @@ class _BucketTuning:
 
 @dataclass(frozen=True)
 class _Final:
-    """One interleaved measurement of a bucket's best configs and the baselines; which of each is the fastest."""
+    """One interleaved measurement of a bucket's chosen config and the baselines; which of these is the fastest."""
 
     baselines: Mapping[str, Timing]
     baseline: str
-    config: Config
     timing: Timing
     gain: Gain
 
     @classmethod
-    def of(cls, baselines: Mapping[str, Timing], configs: Mapping[Config, Timing]) -> _Final:
+    def of(cls, baselines: Mapping[str, Timing], timing: Timing) -> _Final:
         kind = min(baselines, key=lambda name: baselines[name].median_us)
-        config = min(configs, key=lambda each: configs[each].median_us)
-        return cls(baselines, kind, config, configs[config], gain(baselines[kind], configs[config]))
+        return cls(baselines, kind, timing, gain(baselines[kind], timing))
 
     @property
     def interval(self) -> float:

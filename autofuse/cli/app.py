@@ -6,6 +6,7 @@ line that asks to report it, exit code 1, and the traceback if ``AUTOFUSE_TRACEB
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import sys
@@ -58,6 +59,9 @@ def _root(context: typer.Context, version: bool = typer.Option(False, "--version
 
 def main() -> None:
     """The entry point of the ``autofuse`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows "?" rather than fails
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -30,7 +30,7 @@ def doctor(database: DatabaseOption = None, json: JsonOption = False) -> None:
     Example: autofuse doctor
     """
     toolchains = {kind: toolchain(kind).checks() for kind in KINDS}
-    files = [_cache_check(), _database_check(database or default_path())]
+    files = [_cache_check(), _database_check(database)]
     optional = [_package("transformers", "for Hugging Face models"), _package("triton", "for torch.compile on a GPU")]
     ready = [kind for kind in KINDS if all(check.ok for check in toolchains[kind])]
     sound = bool(ready) and all(check.ok for check in files)
@@ -77,10 +77,14 @@ def _cache_check() -> Check:
     return Check("kernel cache", True, f"{folder}, {count} kernels")
 
 
-def _database_check(path: Path) -> Check:
+def _database_check(database: Path | None) -> Check:
     try:
-        with TunedDatabase(path, read_only=True) as database:
-            winners, captured = database.winners(), database.captured()
+        path = database or default_path()
+    except AutofuseError as error:
+        return Check("database", False, "cannot be found", str(error))
+    try:
+        with TunedDatabase(path, read_only=True) as opened:
+            winners, captured = opened.winners(), opened.captured()
     except AbsentDatabaseError:
         return Check("database", True, f"{path}: none yet, `autofuse tune` makes it")
     except AutofuseError as error:

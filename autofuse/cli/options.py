@@ -27,7 +27,7 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 OpOption = Annotated[Optional[str], typer.Option("--op", help="Only this op.", metavar="OP")]  # noqa: UP045
 OpsOption = Annotated[Optional[list[str]], typer.Option("--op", help="Only this op; may be repeated.", metavar="OP")]  # noqa: UP045
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the search.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the search.", min=0, max=2**32 - 1)]
 TargetOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(

@@ -34,7 +34,7 @@ def tune(
     ] = None,
     tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Token counts to tune for, e.g. 1,64,2048 [default: 1,64,1024]."),
+        typer.Option(help="Token counts to tune for, e.g. 1,64,2048 [default: 1,64,1024,8192]."),
     ] = None,
     dtype: DtypeOption = "bf16",
     device: DeviceOption = "auto",

@@ -12,6 +12,7 @@ from autofuse.cli.output import print_json
 from autofuse.errors import BadInput
 from autofuse.models import PRESETS, model_config
 from autofuse.ops import FusedOp, Problem, get_op
+from autofuse.ops.problem import shortened, whole_number
 from autofuse.targets import parse_device, target_of
 
 __all__ = ["why"]
@@ -72,15 +73,16 @@ def _problem(op: FusedOp, keys: list[str], model: str) -> Problem:
             raise BadInput(f"{key!r} is not of the form name=value")
         if name not in params:
             raise BadInput(f"{op.name} has no parameter {name!r}; it has {', '.join(params)}")
-        if isinstance(params[name], int) and not value.isdecimal():
-            raise BadInput(f"{name}={value}: {name} is a whole number")
-        params[name] = int(value) if isinstance(params[name], int) else value
+        number = whole_number(value)
+        if isinstance(params[name], int) and number is None:
+            raise BadInput(f"{shortened(key)}: {name} is a whole number of at most 18 digits")
+        params[name] = number if isinstance(params[name], int) and number is not None else value
     return checked_problem(Problem(op.name, tuple(params.items())))
 
 
 def _range(text: str) -> tuple[int, int]:
     low, dots, high = text.partition("..")
-    high = high if dots else low
-    if not (low.isdecimal() and high.isdecimal()) or int(low) > int(high) or int(high) >= 1 << 63:
-        raise BadInput(f"tokens {text!r} is neither a whole number nor a range such as 2..64")
-    return int(low), int(high)
+    first, last = whole_number(low), whole_number(high if dots else low)
+    if first is None or last is None or first > last:
+        raise BadInput(f"tokens {shortened(text)} is neither a whole number nor a range such as 2..64")
+    return first, last

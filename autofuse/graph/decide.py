@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 
 from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, default_path
 from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable, UnsupportedCall
+from autofuse.graph.alignment import misalignment
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.recognise.nodes import expression
 from autofuse.graph.settings import Settings
 from autofuse.ops import FusedOp, get_op
+from autofuse.ops.buckets import buckets_serving
 from autofuse.ops.problem import Config, Problem
-from autofuse.runtime.plan import Plan, buckets_serving
+from autofuse.runtime.plan import Plan
 from autofuse.targets import Target, target_of, toolchain
 
 __all__ = [
@@ -33,6 +35,12 @@ __all__ = [
 
 ANY_TOKENS = 1 << 31
 """The most tokens a call is taken to have where its graph sets no bound."""
+
+_MANY_TOKENS = 1 << 20
+"""The T for which a config is looked up in its search space: constraints on configs for too few tokens hold there."""
+
+_REMEMBER_TIMEOUT_S = 0.2
+"""How long a compilation waits for the database to take a note that it can do without."""
 
 Tuner = Callable[[Problem, tuple[int, ...], torch.device, Path], None]
 """Tunes a problem at some T on a device into a database. Raises AutofuseError."""
@@ -133,7 +141,7 @@ class Decider:
             warn_once(f"autofuse leaves the graphs on {site.device} as they are: {known.fault}")
             return Decision(None, "target", known.fault, problem)
         try:
-            decision = self._by_measurement(op, problem, site, known, known.target)
+            decision = _if_aligned(op, site, self._by_measurement(op, problem, site, known, known.target))
             return self._with_kernels(op, decision, known.target)
         except AutofuseError as error:
             warn_once(f"autofuse leaves {site.op} unfused: {error}")
@@ -146,6 +154,8 @@ class Decider:
             known = self._tuned(problem, site.device, known, low, high)
             lookup = self._lookup(op, problem, known, target, low, high)
         if lookup.winners:
+            if (why := _outside_space(op, problem, target.kind, lookup)) is not None:
+                return Decision(None, "refused", why, problem)
             return _measured(lookup, problem, target, low == high)
         if self.settings.untuned == "fuse":
             plan = Plan(target.arch, problem, _default_buckets(op, target.kind, problem, low, high))
@@ -190,15 +200,33 @@ class Decider:
 
     def remember_untuned(self) -> None:
         """Writes the sites that nobody measured into the database, for ``autofuse tune --captured``."""
-        if not self._captured:
+        if self._captured:
+            _notebook.write(self.settings.database or default_path(), self._captured)
+        self._captured.clear()
+
+
+class _Notebook:
+    """Untuned sites, written into databases. One that would not take them is left alone for the rest of the process:
+    no graph waits for it again.
+    """
+
+    def __init__(self) -> None:
+        self._given_up: set[Path] = set()
+
+    def write(self, path: Path, sites: Iterable[Captured]) -> None:
+        """Never raises: there is one warning, and the sites are found again by the next process."""
+        if path in self._given_up:
             return
         try:
-            with TunedDatabase(self.settings.database or default_path()) as database:
-                for site in self._captured:
+            with TunedDatabase(path, busy_timeout_s=_REMEMBER_TIMEOUT_S) as database, database.transaction():
+                for site in sites:
                     database.record_captured(site)
         except DatabaseError as error:
+            self._given_up.add(path)
             warn_once(f"autofuse cannot remember the sites that are still to be tuned: {error}")
-        self._captured.clear()
+
+
+_notebook = _Notebook()
 
 
 def _measured(lookup: Lookup, problem: Problem, target: Target, static: bool) -> Decision:
@@ -209,6 +237,25 @@ def _measured(lookup: Lookup, problem: Problem, target: Target, static: bool) ->
         runs = lookup.winners[:1] if static else lookup.winners
         plan = Plan(target.arch, problem, tuple((winner.tokens, winner.config) for winner in runs))
     return Decision(plan, lookup.rule, lookup.reason, problem, worst.gain, worst.gain_low)
+
+
+def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> str | None:
+    """Why a winner's config is none that the op has for this problem, as an imported one may be; None if all are."""
+    space = op.kernel_source(kind).space
+    for winner in lookup.winners:
+        if (why := space.refusal(winner.config, problem, _MANY_TOKENS)) is not None:
+            return (
+                f"the winner at T={winner.tokens}, {winner.config}, is no config of {op.name} for {kind} here: {why}; "
+                f"run `autofuse tune --retune --problem '{problem}' --tokens {winner.tokens}`"
+            )
+    return None
+
+
+def _if_aligned(op: FusedOp, site: Site, decision: Decision) -> Decision:
+    """The decision, unless a kernel of its plan could never run on the site's tensors."""
+    if decision.plan is None or (why := misalignment(op, decision.plan, site.tensors())) is None:
+        return decision
+    return Decision(None, "refused", f"only the op's reference could run here: {why}", decision.problem)
 
 
 def _default_buckets(op: FusedOp, kind: str, problem: Problem, low: int, high: int) -> tuple[tuple[int, Config], ...]:

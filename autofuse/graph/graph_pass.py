@@ -38,12 +38,15 @@ class StoppedError(Exception):
 
 @cache
 def sources_hash() -> str:
-    """Changes with the sources of the passes, the ops, their dispatch and their kernels."""
+    """Changes with the sources of the passes, the ops, their dispatch, their kernels, and of what a decision asks.
+
+    Without a folder that a decision depends on, an edit there would still hit graphs of before in Inductor's cache.
+    """
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    for folder in (package / "graph", package / "ops", package / "runtime"):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.relative_to(folder).as_posix().encode())
+    for folder in ("cache_db", "graph", "ops", "runtime", "targets"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode())
             digest.update(path.read_bytes())
     for op in OPS.values():
         for kind in KINDS:
@@ -114,6 +117,7 @@ class FusionPass(_AwarePass):
         try:
             found = recognise(graph)
             decided = [(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)]
+            found += Found(near_misses=tuple(miss for f in FUSIONS for miss in f.near_misses(found)))
         except Exception as error:  # a user's compilation must not end for want of a fusion
             note = _failure("leaves a graph as it is", error)
             decided = []

@@ -89,5 +89,6 @@ def symbol_ranges(example_inputs: Sequence[Any]) -> str:
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}{value.requires_grad}"
+        layout = f"{list(value.shape)}{list(value.stride())}+{value.storage_offset()}"
+        return f"{value.dtype}{layout}{value.device}{value.requires_grad}"
     return f"{type(value).__name__}={value}"

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from autofuse.graph.recognise.nodes import concrete, is_call, is_getitem, is_view, shape, tensor
 
-__all__ = ["Linear", "Rows", "linear_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
+__all__ = ["Linear", "Rows", "linear_of", "matrix_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
 
 aten = torch.ops.aten
 
@@ -29,6 +29,9 @@ class Rows:
     offset: int
     width: int
     views: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        return f"columns {self.offset} to {self.offset + self.width} of {self.base}"
 
     @property
     def base_width(self) -> int | None:
@@ -132,6 +135,18 @@ def splits_into_heads(output: Node) -> Node | None:
                 if before is not None and after is not None and after < before:
                     return user
     return None
+
+
+def matrix_of(rows: Rows) -> torch.Tensor:
+    """The rows as [T, width], a strided view of their base, on fake tensors. The base is ``viewable_as_rows``."""
+    value = tensor(rows.base)
+    assert value is not None
+    mode = detect_fake_mode([value])
+    assert mode is not None
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards():
+        matrix = value.view(-1, value.shape[-1])
+        return matrix if rows.whole else matrix[:, rows.offset : rows.offset + rows.width]
 
 
 def viewable_as_rows(base: Node) -> str | None:

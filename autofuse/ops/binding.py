@@ -29,13 +29,13 @@ class TensorArg:
     Attributes:
         index: its place among the op's arguments.
         sizes: None stands for T, the number of tokens; the whole of it None for a single value, of any shape.
-        aligned: whether the config's alignment is asked of it; not of what is read element by element.
+        align: bytes that its address and outer strides must be multiples of; 0: what the config asks for.
     """
 
     index: int
     dtype: torch.dtype
     sizes: tuple[int | None, ...] | None
-    aligned: bool = True
+    align: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,13 @@ class Binding:
             return False
         for tensor in self.tensors:
             arg = args[tensor.index]
-            if tensor.aligned and arg.data_ptr() % align:
+            needed = tensor.align or align
+            if arg.data_ptr() % needed:
                 return False
             dims = list(zip(arg.shape, arg.stride(), strict=True))
             if dims and dims[-1][0] > 1 and dims[-1][1] != 1:
                 return False
-            if tensor.aligned and any(size > 1 and stride * arg.element_size() % align for size, stride in dims[:-1]):
+            if any(size > 1 and stride * arg.element_size() % needed for size, stride in dims[:-1]):
                 return False
         return True
 

@@ -415,7 +415,7 @@ class MlaRopeKvCacheCat(FusedOp):
                 **config,
             },
             params_format=self.binding(problem).params_format,
-            block=config["THREADS"] if kind == "cuda" else 1,
+            block=1 if kind == "cpu" else config["THREADS"],
             programmatic_launch=bool(config.get("PDL", 0)),
         )
 
@@ -428,16 +428,16 @@ class MlaRopeKvCacheCat(FusedOp):
             TensorArg(1, dtype, (None, heads, rope)),
             TensorArg(2, dtype, (None, latent)),
             TensorArg(3, dtype, (None, rope)),
-            TensorArg(4, torch.int64, (None,), aligned=False),
+            TensorArg(4, torch.int64, (None,), align=1),
             TensorArg(5, table, (ANY, rope)),
         ]
         tensors += [TensorArg(0, dtype, (None, heads, nope))] if nope else []
         if writes:
-            tensors.append(TensorArg(6, torch.int64, (None,), aligned=False))
+            tensors.append(TensorArg(6, torch.int64, (None,), align=1))
             tensors.append(
-                TensorArg(7, torch.float8_e4m3fn if fp8 else dtype, (ANY, ANY, latent + rope), aligned=not fp8)
+                TensorArg(7, torch.float8_e4m3fn if fp8 else dtype, (ANY, ANY, latent + rope), align=4 if fp8 else 0)
             )
-        tensors += [TensorArg(8, torch.float32, None, aligned=False)] if fp8 else []
+        tensors += [TensorArg(8, torch.float32, None, align=1)] if fp8 else []
         return Binding(
             tensors=tuple(tensors),
             constants=((9, bool(problem["neox"])),),

@@ -8,18 +8,30 @@ from dataclasses import dataclass
 
 from autofuse.errors import BadInput
 
-__all__ = ["Config", "Problem"]
+__all__ = ["Config", "Problem", "shortened", "whole_number"]
 
 _CALL = re.compile(r"(?P<op>[a-z_][a-z0-9_]*)\((?P<params>[^()]*)\)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SHOWN = 200  # characters of what a person gave in a message
+_MOST_DIGITS = 18  # of a whole number: it fits 64 bits, SQLite's as well as a kernel's
 
 
 def _split_pairs(text: str, what: str) -> Iterator[tuple[str, str]]:
     for pair in filter(None, text.split(",")):
         name, equals, value = pair.partition("=")
         if not equals or not _NAME.fullmatch(name) or not value:
-            raise BadInput(f"{what} {text!r}: {pair!r} is not of the form name=value")
+            raise BadInput(f"{what} {shortened(text)}: {shortened(pair)} is not of the form name=value")
         yield name, value
+
+
+def shortened(text: str) -> str:
+    """``text`` in quotation marks, its middle left out where it is longer than a line: for messages."""
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}")
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that ``text`` is in ASCII digits, None where it is none or has more than 18 of them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,16 @@ class Problem:
         """Reads the canonical form back. Raises BadInput."""
         match = _CALL.fullmatch(text)
         if match is None:
-            raise BadInput(f"problem {text!r} is not of the form op(name=value,...)")
-        pairs = _split_pairs(match["params"], "problem")
-        return cls(match["op"], tuple((name, int(value) if value.isdecimal() else value) for name, value in pairs))
+            raise BadInput(f"problem {shortened(text)} is not of the form op(name=value,...)")
+        params: list[tuple[str, int | str]] = []
+        for name, value in _split_pairs(match["params"], "problem"):
+            number = whole_number(value)
+            if number is None and value.isdecimal():
+                raise BadInput(
+                    f"problem {shortened(text)}: {name} is no whole number of at most {_MOST_DIGITS} ASCII digits"
+                )
+            params.append((name, value if number is None else number))
+        return cls(match["op"], tuple(params))
 
 
 @dataclass(frozen=True)
@@ -87,9 +106,12 @@ class Config(Mapping[str, int]):
         """Reads the canonical form back. Raises BadInput."""
         values = {}
         for name, value in _split_pairs(text, "config"):
-            if not value.isdecimal() or name in values:
-                raise BadInput(f"config {text!r}: {name} must be given once, as a whole number, not {value!r}")
-            values[name] = int(value)
+            number = whole_number(value)
+            if number is None or name in values:
+                raise BadInput(
+                    f"config {shortened(text)}: {name} must be given once, as a whole number, not {shortened(value)}"
+                )
+            values[name] = number
         return cls.of(values)
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from autofuse.errors import AutofuseError, BadInput, UnsupportedCall
 from autofuse.ops import OPS, Binding, Config, FusedOp, Problem
+from autofuse.ops.buckets import RANGE_BUCKETS
 from autofuse.runtime.native import NativeDispatcher, Variant, load_native
 from autofuse.runtime.plan import Plan
 from autofuse.targets import Kernel, Target, target_of, toolchain
@@ -91,7 +92,7 @@ def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
 
 
 def resolve_plan(op: FusedOp, problem: Problem, target: Target) -> Plan:
-    """The plan of a call that names none: the database's winners, else the op's default config.
+    """The plan of a call that names none: the database's winners, else the op's default configs.
 
     Raises DatabaseError, UnsupportedCall.
     """
@@ -99,7 +100,8 @@ def resolve_plan(op: FusedOp, problem: Problem, target: Target) -> Plan:
 
     winners = Snapshot.load(None, target).buckets(problem, op.source_hash(target.kind))
     buckets = tuple((winner.tokens, winner.config) for winner in winners)
-    return Plan(target.arch, problem, buckets or ((1, op.default_config(target.kind, problem, 1)),))
+    defaults = ((tokens, op.default_config(target.kind, problem, tokens)) for tokens in RANGE_BUCKETS)
+    return Plan(target.arch, problem, buckets or tuple(defaults))
 
 
 class _PythonDispatcher:

@@ -49,7 +49,7 @@ class _TensorGuard(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("element_bytes", ctypes.c_int32),
         ("dims", ctypes.c_int32),
-        ("aligned", ctypes.c_int32),
+        ("align", ctypes.c_int32),
         ("padding", ctypes.c_int32),
         ("sizes", ctypes.c_int64 * _MAX_DIMS),
     )
@@ -146,7 +146,7 @@ class NativeDispatcher:
                 _number(arg.dtype),
                 arg.dtype.itemsize,
                 -1 if arg.sizes is None else len(arg.sizes),
-                arg.aligned,
+                arg.align,
                 0,
                 _sizes(arg.sizes or ()),
             )
@@ -204,8 +204,8 @@ def load_native() -> NativeDispatcher | None:
 
     ``AUTOFUSE_NATIVE=0`` switches it off.
     """
-    if os.environ.get("AUTOFUSE_NATIVE") == "0" or platform.system() != "Linux":
-        return None
+    if os.environ.get("AUTOFUSE_NATIVE") == "0" or platform.system() != "Linux" or torch.version.hip:
+        return None  # it launches through NVIDIA's driver; for AMD's, Python does
     libraries = _torch_library_folder()
     include = libraries.parent / "include"
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DUSE_CUDA=1", f"-I{include}"]

@@ -48,7 +48,11 @@ class Plan:
         buckets: list[tuple[int, Config]] = []
         for bucket in rest[1:]:
             tokens, colon, config = bucket.partition(":")
-            if not colon or not tokens.isdecimal() or (buckets and int(tokens) <= buckets[-1][0]):
+            if (
+                not colon
+                or not (tokens.isascii() and tokens.isdecimal() and len(tokens) < 20)
+                or (buckets and int(tokens) <= buckets[-1][0])
+            ):
                 raise BadInput(f"plan {text!r}: {bucket!r} is not tokens:config with ascending tokens")
             buckets.append((int(tokens), Config.parse(config)))
         return cls(arch, Problem.parse(rest[0]), tuple(buckets))

@@ -63,6 +63,10 @@ def parse_device(text: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):  # PyTorch calls AMD's GPUs cuda, too
         raise BadInput(f"device {text!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cpu":
+        if device.index:
+            raise BadInput(f"device {text!r}: there is one cpu; give cpu, cuda or cuda:N")
+        device = torch.device("cpu")
     target_of(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

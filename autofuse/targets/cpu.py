@@ -187,7 +187,10 @@ def _cores() -> int:
 def _compiler() -> list[str]:
     """The C++ compiler's command: ``$CXX``, else g++, else clang++. Raises TargetUnavailable."""
     if chosen := os.environ.get("CXX"):
-        command = shlex.split(chosen)
+        try:
+            command = shlex.split(chosen)
+        except ValueError:  # a quotation mark without its other half
+            command = []
         if not command or shutil.which(command[0]) is None:
             raise TargetUnavailable(
                 f"CXX={chosen!r} is not a command that can be run: set it to a C++ compiler, or unset it"

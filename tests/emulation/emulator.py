@@ -81,7 +81,6 @@ def emulate(
     warp_size: int | None = None,
     named_barriers: bool | None = None,
     block_orders: Sequence[str] = BLOCK_ORDERS,
-    least_align: int = 1,
 ) -> tuple[torch.Tensor, ...]:
     """Runs a config of an op's GPU kernel on CPU tensors.
 
@@ -91,7 +90,6 @@ def emulate(
         warp_size: 32 or 64 lanes; the kernel's own unless given.
         named_barriers: whether barriers among part of a block exist; at 32 lanes they do, unless given.
         block_orders: of BLOCK_ORDERS; the kernel runs once in each, and must write the same.
-        least_align: bytes, for tensors that the binding asks no alignment of; an element's, unless that is less.
 
     Returns: the op's results.
     Raises: EmulationError; ValueError for arguments that the kernel would not be launched with.
@@ -113,7 +111,7 @@ def emulate(
             _IN_PLACE if tensor.index in op.mutates else _INPUT,
             tensor.index,
             arg,
-            shape.align if tensor.aligned else max(arg.element_size(), least_align),
+            max(tensor.align or shape.align, arg.element_size()),
         )
         for tensor, arg in tensors
     ]

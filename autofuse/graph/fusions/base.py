@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from autofuse.graph.blocks import Block, Found
+from autofuse.graph.blocks import Block, Found, NearMiss
 
 __all__ = ["Fusion", "Site"]
 
@@ -45,6 +45,13 @@ class Site:
     def problem_params(self) -> Mapping[str, Any]:
         return dict(self.params)
 
+    def tensors(self) -> Mapping[int, torch.Tensor]:
+        """The op's tensor arguments as ``Fusion.rewrite`` passes them, on fake tensors, by their index in the schema.
+
+        Only asked of a site that is not refused. What is left out is taken to be aligned for every kernel.
+        """
+        return {}
+
 
 class Fusion(ABC):
     """Finds the sites of one fused op in the blocks of a graph, and rewrites those that were decided.
@@ -62,6 +69,10 @@ class Fusion(ABC):
     @abstractmethod
     def match(self, found: Found) -> list[Site]:
         """All sites, those included that must not be fused (with their refusal). Changes nothing."""
+
+    def near_misses(self, found: Found) -> list[NearMiss]:
+        """Blocks that look as if they belonged together, but make no site, and why not. Changes nothing."""
+        return []
 
     @abstractmethod
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
-from autofuse.graph.blocks import Found, RMSNormBlock
+from autofuse.graph.blocks import Found, NearMiss, RMSNormBlock
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation, nodes_to_hoist
 from autofuse.graph.recognise.nodes import product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement, rows_as_matrix
-from autofuse.graph.rows import Rows, linear_of, rows_of, splits_into_heads, viewable_as_rows
+from autofuse.graph.rows import Rows, linear_of, matrix_of, rows_of, splits_into_heads, viewable_as_rows
 
 __all__ = ["DualNormSite", "MlaDualRMSNorm"]
 
@@ -42,6 +43,14 @@ class DualNormSite(Site):
     kv_rows: Rows
     hoist: tuple[Node, ...]
 
+    def tensors(self) -> Mapping[int, torch.Tensor]:
+        weights = {index: tensor(node) for index, node in ((1, self.q.weight), (3, self.kv.weight))}
+        return {
+            0: matrix_of(self.q_rows),
+            2: matrix_of(self.kv_rows),
+            **{index: value for index, value in weights.items() if value is not None},
+        }
+
 
 class MlaDualRMSNorm(Fusion):
     """Pairs two RMSNorms over parts of one tensor, or over the results of two linears of the same activations."""
@@ -51,7 +60,10 @@ class MlaDualRMSNorm(Fusion):
     level = 1
 
     def match(self, found: Found) -> list[Site]:
-        return [_site(q, kv) for q, kv in _pairs(found.rms_norms())]
+        return [_site(q, kv) for q, kv in _pair(found.rms_norms())[0]]
+
+    def near_misses(self, found: Found) -> list[NearMiss]:
+        return _pair(found.rms_norms())[1]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormSite)
@@ -80,26 +92,53 @@ class MlaDualRMSNorm(Fusion):
         new.replace(site.kv, results[1], site.kv_rows.views)
 
 
-def _pairs(blocks: list[RMSNormBlock]) -> list[tuple[_Half, _Half]]:
-    """The two norms of each MLA layer: (q, kv)."""
+def _pair(blocks: list[RMSNormBlock]) -> tuple[list[tuple[_Half, _Half]], list[NearMiss]]:
+    """The two norms of each MLA layer, (q, kv); and norms of one projection, or of one layer's, that are no such pair.
+
+    Norms whose results are cut into heads are attention's QK-norm, and no near miss.
+    """
     halves = [_Half(block, rows) for block in blocks if (rows := rows_of(block.input)) is not None]
-    pairs = []
+    pairs: list[tuple[_Half, _Half]] = []
+    misses: list[NearMiss] = []
     by_base: dict[Node, list[_Half]] = defaultdict(list)
     for half in halves:
         by_base[half.rows.base].append(half)
     single: dict[Node, list[_Half]] = defaultdict(list)
     for base, group in by_base.items():
         linear = linear_of(base)
-        if len(group) == 2:
-            first, second = sorted(group, key=lambda half: half.rows.offset)
-            if first.rows.offset + first.rows.width <= second.rows.offset and _is_latent_pair(first, second):
-                pairs.append((first, second))
-        elif len(group) == 1 and linear is not None:
-            single[linear.activations].append(group[0])
-    for group in single.values():
-        if len(group) == 2 and (pair := _roles(*group)) is not None and _is_latent_pair(*pair):
+        if len(group) == 1:
+            if linear is not None:
+                single[linear.activations].append(group[0])
+            continue
+        first, second = sorted(group, key=lambda half: half.rows.offset)[:2]
+        if len(group) > 2:
+            why = f"{len(group)} norms read parts of {base}, and which two are those of q and kv is not known"
+        elif first.rows.offset + first.rows.width > second.rows.offset:
+            why = f"the columns of {base} that its two norms read overlap: {first.rows}, {second.rows}"
+        else:
+            why = ""
+        if not why and _are_latents(group):
+            pairs.append((first, second))
+        elif why and linear is not None and _are_latents(group):
+            misses.append(_near_miss(group, why))
+    for activations, group in single.items():
+        pair = _roles(*group) if len(group) == 2 else None
+        if len(group) < 2 or not _are_latents(group):
+            continue
+        if pair is not None:
             pairs.append(pair)
-    return pairs
+            continue
+        parts = ", ".join(str(half.rows) for half in group)
+        misses.append(
+            _near_miss(
+                group, f"which of the norms over projections of {activations} are q's and kv's is unclear: {parts}"
+            )
+        )
+    return pairs, misses
+
+
+def _near_miss(group: Sequence[_Half], why: str) -> NearMiss:
+    return NearMiss(MlaDualRMSNorm.op, min(half.block.output for half in group), why)
 
 
 def _roles(one: _Half, other: _Half) -> tuple[_Half, _Half] | None:
@@ -115,9 +154,9 @@ def _roles(one: _Half, other: _Half) -> tuple[_Half, _Half] | None:
     return None
 
 
-def _is_latent_pair(q: _Half, kv: _Half) -> bool:
+def _are_latents(halves: Sequence[_Half]) -> bool:
     """No latent is cut into heads right after its norm; the queries and keys of attention with QK-norm are."""
-    return all(splits_into_heads(half.block.output) is None for half in (q, kv))
+    return all(splits_into_heads(half.block.output) is None for half in halves)
 
 
 def _site(q: _Half, kv: _Half) -> DualNormSite:
