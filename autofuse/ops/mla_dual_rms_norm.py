@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, Result, TensorArg
+from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
-__all__ = ["MlaDualRmsNorm", "rows_apart", "thread_counts"]
+__all__ = ["MlaDualRmsNorm"]
 
 _WARP = 32
 _MAX_THREADS = 1024
@@ -124,32 +124,15 @@ _HIP_SPACE = SearchSpace(
 )
 
 
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def thread_counts() -> tuple[int, ...]:
-    cores = _cpu_count()
-    return tuple(sorted({min(1 << i, cores) for i in range(cores.bit_length() + 1)}))
-
-
 _CPU_SPACE = SearchSpace(
     (
-        Tunable("THREADS", thread_counts(), "threads: more bandwidth, against microseconds to wake them"),
-        Tunable("SERIAL_ROWS", (0, 16), "tokens up to which one thread does it all: no waking, against no help"),
+        *THREADING,
         Tunable("TASK_ROWS", (1, 8), "tokens per task: less overhead, against less even load"),
         Tunable("UNROLL", (2, 1, 4), "vectors per loop iteration: hides latency, against registers and a longer tail"),
         Tunable("VECTOR_BYTES", (64, 32), "SIMD width: fewer instructions, against a lower clock on some CPUs"),
     ),
     (
-        Constraint(
-            "a cut-off means something only for several threads",
-            lambda c, p, t: c["THREADS"] > 1 or c["SERIAL_ROWS"] == 0,
-        ),
-        Constraint(
-            "up to SERIAL_ROWS tokens only one thread runs: the same as THREADS=1",
-            lambda c, p, t: c["THREADS"] == 1 or t > max(c["SERIAL_ROWS"], 1),
-        ),
+        *THREADING_CONSTRAINTS,
         Constraint(
             "every thread needs a task",
             lambda c, p, t: (c["THREADS"] - 1) * c["TASK_ROWS"] < max(t, 1),
@@ -184,7 +167,7 @@ def _hip_default(problem: Problem, tokens: int) -> Config:
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:
-    threads = 1 if tokens <= 32 else thread_counts()[-1]
+    threads = 1 if tokens <= 32 else most_threads(tokens)
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
 
 
@@ -412,19 +395,6 @@ class MlaDualRmsNorm(FusedOp):
         if "VEC_BYTES" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
         return LaunchShape(units_per_block=config["ROWS"] * config["UNROLL"], align=config["VEC_BYTES"])
-
-
-def rows_apart(values: torch.Tensor, vectors: int) -> torch.Tensor:
-    """The values as a view [rows, width] of a wider tensor: 16 bytes before each row, ``vectors`` times 16 after it.
-
-    What lies between the rows is large, so that reading it shows. Rows begin at multiples of 16 bytes.
-    """
-    size = 16 // values.element_size()
-    rows, width = values.shape
-    wide = torch.full((rows, (-(-width // size) + 1 + vectors) * size), 100.0, device=values.device).to(values.dtype)
-    view = wide[:, size : size + width]
-    view.copy_(values)
-    return view
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_weight: bool) -> torch.Tensor:

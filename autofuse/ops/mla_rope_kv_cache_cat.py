@@ -10,7 +10,7 @@ import torch
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
 from autofuse.ops.binding import ANY, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
-from autofuse.ops.mla_dual_rms_norm import rows_apart, thread_counts
+from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
@@ -76,20 +76,10 @@ _GPU_SPACE = SearchSpace(
 
 _CPU_SPACE = SearchSpace(
     (
-        Tunable("THREADS", thread_counts(), "threads: more bandwidth, against microseconds to wake them"),
-        Tunable("SERIAL_ROWS", (0, 16), "tokens up to which one thread does it all: no waking, against no help"),
+        *THREADING,
         Tunable("VECTOR_BYTES", (64, 32), "SIMD width: fewer instructions, against a lower clock on some CPUs"),
     ),
-    (
-        Constraint(
-            "a cut-off means something only for several threads",
-            lambda c, p, t: c["THREADS"] > 1 or c["SERIAL_ROWS"] == 0,
-        ),
-        Constraint(
-            "up to SERIAL_ROWS tokens only one thread runs: the same as THREADS=1",
-            lambda c, p, t: c["THREADS"] == 1 or t > max(c["SERIAL_ROWS"], c["THREADS"] - 1),
-        ),
-    ),
+    THREADING_CONSTRAINTS,
 )
 
 
@@ -102,7 +92,7 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=1 if tokens <= 4 else thread_counts()[-1], SERIAL_ROWS=0, VECTOR_BYTES=32)
+    return Config.of(THREADS=1 if tokens <= 4 else most_threads(tokens), SERIAL_ROWS=0, VECTOR_BYTES=32)
 
 
 class MlaRopeKvCacheCat(FusedOp):
