@@ -10,7 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-__all__ = ["FOLDER", "source_hash", "sources"]
+__all__ = ["FOLDER", "source_hash", "sources", "write_sources"]
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -31,6 +31,16 @@ def sources(name: str) -> dict[str, str]:
             texts[file] = (FOLDER / file).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(texts[file])
     return texts
+
+
+def write_sources(name: str, folder: Path) -> Path:
+    """Writes those texts into ``folder`` and returns where ``name`` is.
+
+    Compilers get what a cache's key was made of, not what the files have become since they were read.
+    """
+    for file, text in sources(name).items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return folder / name
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autofuse import kernels_src
 from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, TargetUnavailable
 from autofuse.ops import get_op
 from autofuse.targets import KernelSpec, kind_of_arch, nvrtc, parse_device, target_of, toolchain
@@ -202,3 +204,19 @@ def test_ptxas_report_is_read() -> None:
     )
     resources = nvrtc._resources(log)
     assert (resources.registers, resources.spill_bytes, resources.shared_bytes) == (40, 40, 1088)
+
+
+def test_what_is_compiled_is_what_the_caches_key_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kernels_src"
+    shutil.copytree(kernels_src.FOLDER, folder)
+    monkeypatch.setattr(kernels_src, "FOLDER", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels_src.sources.cache_clear()
+    try:
+        kernels_src.sources("self_check.cpp")
+        (folder / "self_check.cpp").write_text("#error edited since it was read")
+        chain = toolchain("cpu")
+        spec = KernelSpec("self_check.cpp", "self_check", {"UNUSED": 1}, "P")
+        assert chain.compile(spec, target_of(torch.device("cpu")).arch).path.exists()
+    finally:
+        kernels_src.sources.cache_clear()

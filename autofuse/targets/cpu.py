@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, CompileError, LaunchError, TargetUnavailable
-from autofuse.kernels_src import sources
+from autofuse.kernels_src import sources, write_sources
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
 from autofuse.targets.kernel_cache import KernelCache
 
@@ -64,18 +64,13 @@ def _build(
 ) -> Artifact:
     compiler = _compiler()
 
-    texts = sources(source)
-
     def build(binary: Path) -> Resources:
-        # The very texts that the key covers, not what the files have become since they were read.
-        for name, text in texts.items():
-            (binary.parent / name).write_text(text, encoding="utf-8")
         obj = binary.with_suffix(".o")
-        _run_compiler([*compiler, *flags, "-c", str(binary.parent / source), "-o", str(obj)], source)
+        _run_compiler([*compiler, *flags, "-c", str(write_sources(source, binary.parent)), "-o", str(obj)], source)
         _run_compiler([*compiler, "-shared", str(obj), *link, "-o", str(binary)], source)
         return Resources()
 
-    key = [*texts.values(), *compiler, *flags, *link, _compiler_version(compiler), identity]
+    key = [*sources(source).values(), *compiler, *flags, *link, _compiler_version(compiler), identity]
     return cache.get(entry, key, build)
 
 

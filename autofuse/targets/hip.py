@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, TargetUnavailable
-from autofuse.kernels_src import FOLDER, sources
+from autofuse.kernels_src import sources, write_sources
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
 from autofuse.targets.kernel_cache import KernelCache
 
@@ -172,7 +172,7 @@ def _compile_hiprtc(hiprtc: Any, spec: KernelSpec, arch: str, options: list[str]
 
 
 def _compile_clang(clang: tuple[str, ...], spec: KernelSpec, arch: str, flags: list[str], binary: Path) -> Resources:
-    run = _run([*clang, *flags, str(FOLDER / spec.source), "-o", str(binary)])
+    run = _run([*clang, *flags, str(write_sources(spec.source, binary.parent)), "-o", str(binary)])
     if run.returncode:
         raise _compile_error(clang[0], spec, arch, run.stderr)
     return _resources(run.stderr)
