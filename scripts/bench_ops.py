@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import autofuse
-from autofuse.cache_db import TunedDatabase
+from autofuse.cache_db import BASELINE_KINDS, TunedDatabase
 from autofuse.models import model_config
 from autofuse.ops import FusedOp, Problem, get_op
 from autofuse.runtime.plan import Plan
@@ -86,7 +86,7 @@ def measure(
     timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
     row = {name: timing.median_us for name, timing in timings.items()}
     row["compile+"] = min(row.pop(f"compile+ {number}") for number in range(len(variants)))
-    better = min((kind for kind in baseline_calls_kinds(row)), key=lambda kind: row[kind])
+    better = min((kind for kind in BASELINE_KINDS if kind in row), key=lambda kind: row[kind])
     ratio = gain(timings[better], timings["ours"])
     worst = max(
         op.tolerance(problem, index).error(out, exact)
@@ -104,11 +104,6 @@ def measure(
         "bytes": op.bytes_moved(problem, tokens),
         "config": str(plan.config_for(tokens)),
     }
-
-
-def baseline_calls_kinds(row: dict[str, float]) -> list[str]:
-    """The baselines that a row holds."""
-    return [kind for kind in ("eager", "compile", "graph") if kind in row]
 
 
 def main() -> None:

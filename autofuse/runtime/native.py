@@ -28,6 +28,7 @@ __all__ = ["NativeDispatcher", "Variant", "load_native"]
 logger = logging.getLogger("autofuse.runtime")
 
 _MAX_DIMS = 6
+_MAX_PARAMS_BYTES = 512
 _SOURCE = "dispatch.cpp"
 
 
@@ -138,7 +139,7 @@ class NativeDispatcher:
 
     def bind(self, op: FusedOp, plan: str, device: torch.device, binding: Binding, variants: Sequence[Variant]) -> None:
         """From now on, calls of ``op`` with this plan that ``binding`` accepts are launched natively."""
-        if op.name not in self._slots:
+        if op.name not in self._slots or struct.calcsize(binding.params_format) > _MAX_PARAMS_BYTES:
             return
         tensors = [
             _TensorGuard(
