@@ -37,7 +37,7 @@ struct TensorGuard {
     int32_t dims;  // -1: any, for one element in all
     int32_t align;  // bytes; 0: the variant's
     int32_t padding;
-    int64_t sizes[MAX_DIMS];  // -1: T; -2: any but 0
+    int64_t sizes[MAX_DIMS];  // -1: T; -2: any but 0; -3: T or more
 };
 struct Constant {
     int32_t arg;
@@ -54,12 +54,15 @@ struct Result {
     int32_t dtype;
     int32_t dims;
     int64_t sizes[MAX_DIMS];  // -1: T
+    int64_t round_tokens;     // T in sizes is rounded up to a multiple of it
+    int64_t column_major;     // 0: contiguous; else 2-D, strides (1, the first size rounded up to a multiple of it)
 };
 struct Variant {  // one bucket of the plan
     int64_t up_to_tokens;
     uint64_t function;  // CPU: void (*)(const void*); CUDA: CUfunction
     int64_t units_per_token;
     int64_t units_per_block;
+    int64_t repeat;
     uint64_t align;
     uint32_t block;
     uint32_t shared_bytes;
@@ -152,6 +155,8 @@ T as(StableIValue value) {
     return result;
 }
 
+int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 struct Tensor {
     void* data;
     const int64_t *sizes, *strides;
@@ -177,6 +182,8 @@ bool look_at(AtenTensorHandle handle, const TensorGuard& guard, const Entry& ent
             if (sizes[d] != guard.sizes[d]) return false;
         } else if (guard.sizes[d] == -2) {
             if (sizes[d] == 0) return false;
+        } else if (guard.sizes[d] == -3) {
+            if (sizes[d] < tokens) return false;
         } else if (tokens < 0) {
             tokens = sizes[d];
         } else if (sizes[d] != tokens) {
@@ -228,9 +235,13 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
         for (const Result& result : entry.results) {
             int64_t sizes[MAX_DIMS], strides[MAX_DIMS], stride = 1;
             for (int d = result.dims - 1; d >= 0; --d) {
-                sizes[d] = result.sizes[d] < 0 ? tokens : result.sizes[d];
+                sizes[d] = result.sizes[d] < 0 ? rounded_up(tokens, result.round_tokens) : result.sizes[d];
                 strides[d] = stride;
                 stride *= sizes[d] > 1 ? sizes[d] : 1;
+            }
+            if (result.column_major) {
+                strides[0] = 1;
+                strides[1] = rounded_up(sizes[0] > 1 ? sizes[0] : 1, result.column_major);
             }
             if (aoti_torch_empty_strided(result.dims, sizes, strides, result.dtype, entry.device_type, entry.device_index,
                                          &results[made]))
@@ -267,7 +278,8 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
         }
         if (entry.on_gpu) {
             const int64_t units = tokens * variant->units_per_token;
-            launch_cuda(entry, *variant, (units + variant->units_per_block - 1) / variant->units_per_block, params);
+            const int64_t blocks = (units + variant->units_per_block - 1) / variant->units_per_block;
+            launch_cuda(entry, *variant, blocks * variant->repeat, params);
         } else {
             reinterpret_cast<void (*)(const void*)>(variant->function)(params);
         }

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["ANY", "Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
+__all__ = ["ANY", "ROWS", "Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
 
 
 _MOST_TOKENS = 2**31 - 1  # kernels count tokens in 32 bits
 ANY = -2
 """A size that a kernel reads at run time: any, but 0."""
+ROWS = -3
+"""A size of at least T: a buffer of which only the first T rows count."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class TensorArg:
 
     Attributes:
         index: its place among the op's arguments.
-        sizes: None stands for T, the number of tokens; the whole of it None for a single value, of any shape.
+        sizes: None stands for T, the number of tokens, ANY and ROWS for what they say; the whole of it None for a
+            single value, of any shape.
         align: bytes that its address and outer strides must be multiples of; 0: what the config asks for.
     """
 
@@ -40,10 +43,28 @@ class TensorArg:
 
 @dataclass(frozen=True)
 class Result:
-    """A contiguous tensor to allocate, on the device of the first tensor argument."""
+    """A tensor to allocate, on the device of the first tensor argument.
+
+    Attributes:
+        sizes: None stands for T.
+        round_tokens: T in ``sizes`` is rounded up to a multiple of this.
+        column_major: 0: contiguous. Else, for two dimensions: the first has stride 1, and the second the first's size,
+            rounded up to a multiple of this.
+    """
 
     dtype: torch.dtype
     sizes: tuple[int | None, ...]
+    round_tokens: int = 1
+    column_major: int = 0
+
+    def allocate(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """The tensor, uninitialised."""
+        sizes = [_rounded_up(tokens, self.round_tokens) if size is None else size for size in self.sizes]
+        if not self.column_major:
+            return torch.empty(sizes, dtype=self.dtype, device=device)
+        # A stride is never 0, as PyTorch keeps it for tensors without elements.
+        stride = _rounded_up(max(sizes[0], 1), self.column_major)
+        return torch.empty_strided(sizes, (1, stride), dtype=self.dtype, device=device)
 
 
 class FieldKind(IntEnum):
@@ -78,16 +99,18 @@ class LaunchShape:
     """What of a launch depends on the config.
 
     Attributes:
-        units_per_token, units_per_block: the grid has ceil(T × units_per_token / units_per_block) blocks.
+        units_per_token, units_per_block, repeat: the grid has ceil(T × units_per_token / units_per_block) × repeat
+            blocks.
         align: bytes; every address, and every stride that is stepped over, must be a multiple.
     """
 
     units_per_token: int = 1
     units_per_block: int = 1
     align: int = 1
+    repeat: int = 1
 
     def blocks(self, tokens: int) -> int:
-        return -(-tokens * self.units_per_token // self.units_per_block)
+        return -(-tokens * self.units_per_token // self.units_per_block) * self.repeat
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ class Binding:
             if arg.dim() != len(tensor.sizes):
                 return False
             for size, wanted in zip(arg.shape, tensor.sizes, strict=True):
-                if size == 0 if wanted == ANY else size != (tokens if wanted is None else wanted):
+                if not _suits(size, wanted, tokens):
                     return False
         return True
 
@@ -162,10 +185,7 @@ class Binding:
     def allocate(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The results, uninitialised."""
         tokens, device = self.tokens(args), args[self.tensors[0].index].device
-        return tuple(
-            torch.empty([tokens if size is None else size for size in result.sizes], dtype=result.dtype, device=device)
-            for result in self.results
-        )
+        return tuple(result.allocate(tokens, device) for result in self.results)
 
     def params(self, args: Sequence[Any], results: Sequence[torch.Tensor]) -> list[int | float]:
         """The kernel's parameters, in order."""
@@ -186,3 +206,15 @@ class Binding:
             else:
                 values.append(args[field.index])
         return values
+
+
+def _suits(size: int, wanted: int | None, tokens: int) -> bool:
+    if wanted == ANY:
+        return size > 0
+    if wanted == ROWS:
+        return size >= tokens
+    return size == (tokens if wanted is None else wanted)
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

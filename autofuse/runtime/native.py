@@ -70,7 +70,13 @@ class _Field(ctypes.Structure):
 
 
 class _Result(ctypes.Structure):
-    _fields_ = (("dtype", ctypes.c_int32), ("dims", ctypes.c_int32), ("sizes", ctypes.c_int64 * _MAX_DIMS))
+    _fields_ = (
+        ("dtype", ctypes.c_int32),
+        ("dims", ctypes.c_int32),
+        ("sizes", ctypes.c_int64 * _MAX_DIMS),
+        ("round_tokens", ctypes.c_int64),
+        ("column_major", ctypes.c_int64),
+    )
 
 
 class _Variant(ctypes.Structure):
@@ -79,6 +85,7 @@ class _Variant(ctypes.Structure):
         ("function", ctypes.c_uint64),
         ("units_per_token", ctypes.c_int64),
         ("units_per_block", ctypes.c_int64),
+        ("repeat", ctypes.c_int64),
         ("align", ctypes.c_uint64),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
@@ -160,7 +167,14 @@ class NativeDispatcher:
             for i, (field, code) in enumerate(zip(binding.fields, binding.params_format, strict=True))
         ]
         results = [
-            _Result(_number(result.dtype), len(result.sizes), _sizes(result.sizes)) for result in binding.results
+            _Result(
+                _number(result.dtype),
+                len(result.sizes),
+                _sizes(result.sizes),
+                result.round_tokens,
+                result.column_major,
+            )
+            for result in binding.results
         ]
         native = [
             _Variant(
@@ -168,6 +182,7 @@ class NativeDispatcher:
                 variant.kernel.address,
                 variant.shape.units_per_token,
                 variant.shape.units_per_block,
+                variant.shape.repeat,
                 variant.shape.align,
                 variant.kernel.block,
                 variant.kernel.shared_bytes,

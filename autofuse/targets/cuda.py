@@ -14,13 +14,21 @@ from autofuse.errors import AutofuseError, LaunchError, TargetUnavailable
 from autofuse.kernels_src import sources
 from autofuse.targets import nvrtc
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Target, Toolchain
-from autofuse.targets.cuda_driver import LaunchConfig, check, driver, driver_version, programmatic_launch_attribute
+from autofuse.targets.cuda_driver import (
+    MAX_DYNAMIC_SHARED_BYTES,
+    LaunchConfig,
+    check,
+    driver,
+    driver_version,
+    programmatic_launch_attribute,
+)
 from autofuse.targets.kernel_cache import KernelCache
 
 __all__ = ["CudaToolchain"]
 
 # Arches whose newest instructions exist only in an arch-specific ("a") build.
 _ARCH_SPECIFIC_FROM = 90
+_SHARED_BYTES = 48 << 10  # of dynamic shared memory: more must be asked for
 
 
 class _LaunchState:
@@ -125,6 +133,11 @@ class CudaToolchain(Toolchain):
                 driver().cuModuleGetFunction(ctypes.byref(function), module, spec.entry.encode()),
                 f"finding {spec.entry} in {artifact.path}",
             )
+            if spec.shared_bytes > _SHARED_BYTES:
+                check(
+                    driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, spec.shared_bytes),
+                    f"asking for {spec.shared_bytes} bytes of shared memory for {spec.entry}",
+                )
         assert function.value is not None
         assert module.value is not None
         return _CudaKernel(spec, function.value, module.value, index)

@@ -11,8 +11,17 @@ from functools import cache
 
 from autofuse.errors import LaunchError, TargetUnavailable
 
-__all__ = ["LaunchConfig", "check", "driver", "driver_version", "programmatic_launch_attribute"]
+__all__ = [
+    "MAX_DYNAMIC_SHARED_BYTES",
+    "LaunchConfig",
+    "check",
+    "driver",
+    "driver_version",
+    "programmatic_launch_attribute",
+]
 
+MAX_DYNAMIC_SHARED_BYTES = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
@@ -54,6 +63,7 @@ def driver() -> ctypes.CDLL:
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuModuleLoadData.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p]
     library.cuModuleGetFunction.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_char_p]
+    library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     library.cuDriverGetVersion.argtypes = [ctypes.POINTER(ctypes.c_int)]
     return library
