@@ -18,6 +18,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v2": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 128, **_MLA_HEAD},
     "deepseek-v3": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 128, **_MLA_HEAD},
     "kimi-k2": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 64, **_MLA_HEAD},
+    "llama-3-8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen3-8b": {"model_type": "qwen3", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }
 
 

@@ -43,7 +43,8 @@ static_assert(WARP_SIZE == __AMDGCN_WAVEFRONT_SIZE__, "WARP_SIZE is not the widt
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads) __attribute__((launch_bounds(threads)))
+// As in HIP's headers: clang takes no notice of launch_bounds for AMD, and would leave registers for 1,024 threads.
+#define __launch_bounds__(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
 
 struct OneDimension {
     u32 x;
@@ -188,6 +189,42 @@ struct Vector {
     }
     __device__ __forceinline__ void load(const E* from) { raw = *reinterpret_cast<const Raw*>(from); }
     __device__ __forceinline__ void store(E* to) const { *reinterpret_cast<Raw*>(to) = raw; }
+
+    // From and to global memory, surely by one instruction of its own: where one of several tensors is meant, the compiler
+    // does not always see that all are global; and of an assignment it sometimes makes a store for each word, which are as
+    // many writes to L2.
+    __device__ __forceinline__ void load_at_once(const E* from) {
+#if ON_NVIDIA
+        if constexpr (N_BYTES == 16) {
+            asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                         : "l"(from)
+                         : "memory");
+        } else if constexpr (N_BYTES == 8) {
+            asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from) : "memory");
+        } else {
+            asm volatile("ld.global.b32 %0, [%1];" : "=r"(words[0]) : "l"(from) : "memory");
+        }
+#else
+        load(from);
+#endif
+    }
+    __device__ __forceinline__ void store_at_once(E* to) const {
+#if ON_NVIDIA
+        if constexpr (N_BYTES == 16) {
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                         :
+                         : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                         : "memory");
+        } else if constexpr (N_BYTES == 8) {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+        } else {
+            asm volatile("st.global.b32 [%0], %1;" : : "l"(to), "r"(words[0]) : "memory");
+        }
+#else
+        store(to);
+#endif
+    }
 
     // For data that nobody reads again: the first to leave the caches. Not the non-coherent path (ld.global.nc): under
     // programmatic dependent launch the data may be written while this kernel is alive.

@@ -10,7 +10,7 @@
 //   TASK_ROWS      tokens per task: fewer balance better, more share less cache traffic between threads
 //   UNROLL         vectors per loop iteration, each with its own partial sum: hides the latency of the addition
 //   VECTOR_BYTES   SIMD width
-#include "cpu.h"
+#include "rms_norm.h"
 
 typedef ELEMENT E;
 
@@ -28,43 +28,11 @@ struct Params {
     float kv_eps;
 };
 
-template <int WIDTH>
-static inline void norm_row(const E* __restrict x, const E* __restrict weight, E* __restrict out, float eps) {
-    constexpr int STEP = LANES * UNROLL;
-    constexpr int WHOLE = WIDTH - WIDTH % STEP;
-    Floats partial[UNROLL] = {};
-    for (int i = 0; i < WHOLE; i += STEP) {
-#pragma GCC unroll 16
-        for (int u = 0; u < UNROLL; ++u) {
-            const Floats values = Element<E>::load(x + i + u * LANES);
-            partial[u] += values * values;
-        }
-    }
-    float sum = 0.f;
-#pragma GCC unroll 16
-    for (int u = 0; u < UNROLL; ++u) sum += sum_of(partial[u]);
-    for (int i = WHOLE; i < WIDTH; ++i) sum += load_one(x + i) * load_one(x + i);
-
-    const float scale = 1.f / sqrtf(sum / WIDTH + eps);
-    for (int i = 0; i < WHOLE; i += STEP) {
-#pragma GCC unroll 16
-        for (int u = 0; u < UNROLL; ++u) {
-            Floats values = Element<E>::load(x + i + u * LANES) * scale;
-            if (CAST_BEFORE_WEIGHT) values = Element<E>::round(values);
-            Element<E>::store(out + i + u * LANES, values * Element<E>::load(weight + i + u * LANES));
-        }
-    }
-    for (int i = WHOLE; i < WIDTH; ++i) {
-        const float value = load_one(x + i) * scale;
-        store_one(out + i, (CAST_BEFORE_WEIGHT ? round_one<E>(value) : value) * load_one(weight + i));
-    }
-}
-
 static inline void task(const Params& p, int64_t first) {
     const int64_t end = first + TASK_ROWS < p.tokens ? first + TASK_ROWS : p.tokens;
     for (int64_t t = first; t < end; ++t) {
-        norm_row<Q_WIDTH>(p.q + t * p.q_stride, p.q_weight, p.q_out + t * Q_WIDTH, p.q_eps);
-        norm_row<KV_WIDTH>(p.kv + t * p.kv_stride, p.kv_weight, p.kv_out + t * KV_WIDTH, p.kv_eps);
+        norm_row<E, Q_WIDTH>(p.q + t * p.q_stride, p.q_weight, p.q_out + t * Q_WIDTH, p.q_eps);
+        norm_row<E, KV_WIDTH>(p.kv + t * p.kv_stride, p.kv_weight, p.kv_out + t * KV_WIDTH, p.kv_eps);
     }
 }
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pytest
 import torch
-from emulation import BLOCK_ORDERS, EmulationError, build, emulate, unavailable
+from emulation import BLOCK_ORDERS, EmulationError, emulate, run_ahead, unavailable, verify, wanted
 
-from autofuse.ops import OPS, Config, Problem, get_op
+from autofuse.ops import OPS, Config, FusedOp, Problem, get_op
+from autofuse.ops.drawing import Coverage
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "can be emulated")
 
 CPU = torch.device("cpu")
-TOKENS = (1, 3, 17, 45)  # the last is more than one block of every config
-LARGE = 1 << 16  # the T that configs are drawn for: constraints on small T do not bite
-TRIES = 300  # random configs until one has a wanted value and meets the constraints
+TOKENS = (1, 17, 45)  # the last is more than one block of every config
+BUCKETS = (1 << 16, 1)  # the T that configs are drawn for: most constraints on T ask for many tokens, some for few
 MOST_THREADS = 1024
 
 
@@ -36,75 +35,75 @@ class Case:
         return f"{self.kind}-{self.warp_size}-{self.problem}-{self.config}"
 
 
-def fits(kind: str, problem: Problem, config: Config, warp_size: int) -> bool:
-    spec = get_op(problem.op).spec(kind, problem, config)
-    return spec.block // int(spec.defines.get("WARP_SIZE", 32)) * warp_size <= MOST_THREADS
+def run(case: Case) -> None:
+    op = get_op(case.problem.op)
+    for tokens in TOKENS:
+        args = op.example_args(case.problem, tokens, CPU, torch.Generator().manual_seed(tokens))
+        verify(op, case.problem, case.config, args, kind=case.kind, warp_size=case.warp_size)
 
 
-def sampled(kind: str, op_name: str) -> Iterator[tuple[Problem, Config]]:
-    """For each value of each tunable a config that has it, of some problem; the same ones each time."""
-    op, source = get_op(op_name), random.Random(f"{op_name} {kind}")
-    space, problems = op.kernel_source(kind).space, op.sweep_problems()
-    covered: set[tuple[str, int]] = set()
-    for tunable in space.tunables:
-        for value in tunable.values:
-            for _ in range(TRIES if (tunable.name, value) not in covered else 0):
-                problem = source.choice(problems)
-                others = {each.name: source.choice(each.values) for each in space.tunables}
-                config = Config.of(others, **{tunable.name: value})
-                if space.refusal(config, problem, LARGE) is None:
-                    covered |= set(config.items())
-                    yield problem, config
-                    break
+def fits(case: Case) -> bool:
+    """Whether the config is of its space, and a block of that many lanes a warp of a size that GPUs have."""
+    op = get_op(case.problem.op)
+    space = op.kernel_source(case.kind).space
+    if all(space.refusal(case.config, case.problem, tokens) for tokens in BUCKETS):
+        return False
+    spec = op.spec(case.kind, case.problem, case.config)
+    return spec.block // int(spec.defines.get("WARP_SIZE", 32)) * case.warp_size <= MOST_THREADS
 
 
-def cases() -> Iterator[Case]:
-    for op in OPS.values():
-        for kind in op.kernels.keys() & {"cuda", "hip"}:
-            widths = {"cuda": (32, 64), "hip": (64,)}[kind]
-            for problem in op.sweep_problems():
-                config = op.default_config(kind, problem, 1)
-                yield from (Case(kind, problem, config, width) for width in widths)
-            if kind == "cuda" and "hip" in op.kernels:
-                widths = (32,)
-            for problem, config in sampled(kind, op.name):
-                yield from (Case(kind, problem, config, width) for width in widths)
+def covering(op: FusedOp, kind: str, warp_size: int, first_default: int) -> Iterator[Case]:
+    """Cases, the same ones each time, with each sweep problem and each value of each tunable.
+
+    Every other problem, from ``first_default`` on, has its default config.
+    """
+    source, problems = random.Random(f"{op.name} {kind} {warp_size}"), op.sweep_problems()
+    coverage = Coverage(op.kernel_source(kind).space, source)
+
+    def drawn(problem: Problem, **values: int) -> Case | None:
+        default = op.default_config(kind, problem, 1)
+        config = coverage.draw(lambda config: fits(Case(kind, problem, config, warp_size)), near=default, **values)
+        return config and Case(kind, problem, config, warp_size)
+
+    for problem in problems[first_default::2]:
+        config = op.default_config(kind, problem, 1)
+        coverage.take(config)
+        yield Case(kind, problem, config, warp_size)
+    for problem in problems[1 - first_default :: 2]:
+        yield drawn(problem) or Case(kind, problem, op.default_config(kind, problem, 1), warp_size)
+    for name, value in coverage.missing:
+        if (name, value) in coverage.missing:
+            problems_at_random = source.sample(problems, len(problems))
+            yield from next(([case] for problem in problems_at_random if (case := drawn(problem, **{name: value}))), [])
 
 
-CASES = sorted({case for case in cases() if fits(case.kind, case.problem, case.config, case.warp_size)}, key=str)
+def cases(op: FusedOp) -> Iterator[Case]:
+    """CUDA's kernel at 32 lanes, AMD's at 64; CUDA's at 64 where AMD has none of its own."""
+    for kind, warp_size in (("cuda", 32), ("hip" if "hip" in op.kernels else "cuda", 64)):
+        if kind in op.kernels:
+            yield from covering(op, kind, warp_size, first_default=int(warp_size == 64))
+
+
+CASES = [case for op in OPS.values() for case in dict.fromkeys(cases(op))]
 
 
 @pytest.fixture(scope="module")
-def _built(request: pytest.FixtureRequest) -> None:
-    """Compiles the kernels of all tests that are going to run, side by side."""
-
-    def compile_kernel(case: Case) -> None:
-        spec = get_op(case.problem.op).spec(case.kind, case.problem, case.config)
-        build(spec, warp_size=case.warp_size)
-
-    wanted = [item.callspec.params["case"] for item in request.session.items if "_built" in vars(item)["fixturenames"]]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(compile_kernel, wanted))
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[Case, Future[None]]]:
+    with run_ahead(run, wanted(request, "case")) as futures:
+        yield futures
 
 
-@pytest.mark.usefixtures("_built")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gpu_kernels_compute_their_op(case: Case) -> None:
-    op, problem = get_op(case.problem.op), case.problem
-    for tokens in TOKENS:
-        args = op.example_args(problem, tokens, CPU, torch.Generator().manual_seed(tokens))
-        exact = op.exact(*args)
-        results = emulate(
-            op,
-            problem,
-            case.config,
-            args,
-            kind=case.kind,
-            warp_size=case.warp_size,
-        )
-        written = [args[index] for index in op.mutates if args[index] is not None]
-        for index, (result, right) in enumerate(zip([*results, *written], exact, strict=True)):
-            assert op.tolerance(problem, index).error(result, right) <= 1.0, f"T={tokens}, result {index}"
+def test_gpu_kernels_compute_their_op(case: Case, outcomes: dict[Case, Future[None]]) -> None:
+    outcomes[case].result()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_value_of_every_tunable_is_tested(op: FusedOp) -> None:
+    tunables = [each for kind in ("cuda", "hip") if kind in op.kernels for each in op.kernels[kind].space.tunables]
+    tested = {pair for case in CASES if case.problem.op == op.name for pair in case.config.items()}
+    untested = {(tunable.name, value) for tunable in tunables for value in tunable.values} - tested
+    assert not untested, f"no sweep problem takes {untested}"
 
 
 NORMS = get_op("mla_dual_rms_norm")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from emulation import EmulationError, emulate, unavailable
+from emulation import EmulationError, run_ahead, unavailable, verify, wanted
 
-from autofuse.ops import Config, get_op
+from autofuse.ops import Config, Problem, get_op
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "can be emulated")
-
-KERNEL, HEADER = "mla_dual_rms_norm.cu", "gpu.cuh"
-NORMS = get_op("mla_dual_rms_norm")
-# Both rows end inside a step of their warps; 11 tokens end inside a block, and inside a team's turn.
-PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=264, kv_lora_rank=72, cast_before_weight=True)
-CONFIG = {"Q_WARPS": 3, "KV_WARPS": 2, "ROWS": 2, "UNROLL": 2, "VEC_BYTES": 4, "READ_ONCE": 1, "PDL": 1, "PREFETCH": 1}
-TOKENS = 11
 
 WRONG = "times the tolerance"
 STANDSTILL = "no thread can go on"
@@ -32,36 +26,61 @@ MASK = "lacks the calling lane"
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A launch of a kernel, with an op's ``check_args``, in which mutations of the kernel show."""
+
+    problem: Problem
+    config: Mapping[str, int]
+    tokens: int
+
+
+# Both rows end inside a step of their warps; 11 tokens end inside a block, and inside a team's turn.
+NORMS = Subject(
+    get_op("mla_dual_rms_norm").make_problem(dtype="bf16", q_lora_rank=264, kv_lora_rank=72, cast_before_weight=True),
+    {"Q_WARPS": 3, "KV_WARPS": 2, "ROWS": 2, "UNROLL": 2, "VEC_BYTES": 4, "READ_ONCE": 1, "PDL": 1, "PREFETCH": 1},
+    tokens=11,
+)
+
+
+@dataclass(frozen=True, eq=False)
 class Mutation:
-    """An edit of a source, what the emulator says of it, and where it shows if not in CONFIG at 32 lanes."""
+    """An edit of a source, what the emulator says of it, and where it shows: in the subject's config but for what
+    ``config`` changes of it.
+    """
 
     name: str
     old: str
     new: str
     caught: str
-    file: str = KERNEL
-    config: dict[str, int] = field(default_factory=dict)
+    file: str = "rms_norm.cuh"
+    config: Mapping[str, int] = field(default_factory=dict)
     warp_size: int = 32
+    subject: Subject = NORMS
 
 
+KERNEL, ROWS, HEADER = "mla_dual_rms_norm.cu", "rms_norm.cuh", "gpu.cuh"
 LOAD_GUARD = "if (token < tokens && in_row(i)) {"
-STORE = "if (token < tokens && in_row(i)) result.store(out + i64(token) * WIDTH + i * Vec::SIZE);"
+STORE = "if (at.exists()) result.store("
+EXISTS = "return token < tokens && in_row(vector);"
+FINISH = "finish(Place{token, tokens, i}, values);"
 BARRIER = "sync_team(barrier, LANES);"
 SHUFFLES = "for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2)"
 ALL_LANES = "~0ull >> (64 - WARP_SIZE)"
-MEETING = "if (WARPS > 1 || (!NAMED_BARRIERS && TEAM_WARPS > 2)) {"
+MEETING = "(WARPS > 1 || (!NAMED_BARRIERS && TEAM_WARPS > 2))"
 
 MUTATIONS = [
     Mutation("the barrier is missing", BARRIER, "", RACE),
     Mutation("the barrier waits for a warp too many", BARRIER, "sync_team(barrier, LANES + WARP_SIZE);", STANDSTILL),
     Mutation(
-        "the halves share a barrier", "2 + 2 * team", "1 + 2 * team", "is for 64 threads here and for 96 elsewhere"
+        "the halves share a barrier",
+        "2 + 2 * team",
+        "1 + 2 * team",
+        "is for 64 threads here and for 96 elsewhere",
+        KERNEL,
     ),
     Mutation("lanes without a vector skip the barrier", BARRIER, f"if (lane < VECTORS) {BARRIER}", STANDSTILL),
     Mutation("rows past the end skip the barrier", BARRIER, f"if (first + ROWS < tokens) {BARRIER}", RACE),
-    Mutation(
-        "a block barrier that one half skips", MEETING, "if (WARPS > 1) {", STANDSTILL, KERNEL, {"KV_WARPS": 1}, 64
-    ),
+    Mutation("a block barrier that one half skips", MEETING, "(WARPS > 1)", STANDSTILL, KERNEL, {"KV_WARPS": 1}, 64),
     Mutation("the sum starts at half the offset", SHUFFLES, SHUFFLES.replace("/ 2;", "/ 4;", 1), WRONG, HEADER),
     Mutation("the sum stops an offset early", SHUFFLES, SHUFFLES.replace("> 0", "> 1"), WRONG, HEADER),
     Mutation(
@@ -80,26 +99,37 @@ MUTATIONS = [
         "warp_uniform(warp -",
         "warp_uniform(lane + warp -",
         "warp_uniform",
+        KERNEL,
     ),
     Mutation("the tail of a row is not guarded", LOAD_GUARD, "if (token < tokens) {", NOT_ITS_OWN),
     Mutation("rows past the end are read", LOAD_GUARD, "if (in_row(i)) {", f"{OUTSIDE}, READ"),
-    Mutation("rows past the end are written", STORE, STORE.replace("token < tokens && ", ""), f"{OUTSIDE}, WRITE"),
+    Mutation("rows past the end are written", EXISTS, EXISTS.replace("token < tokens && ", ""), f"{OUTSIDE}, WRITE"),
     Mutation("the row's bound is one vector short", "vector < VECTORS;", "vector < VECTORS - 1;", UNWRITTEN),
     Mutation("the row's bound is one vector long", "vector < VECTORS;", "vector <= VECTORS;", NOT_ITS_OWN),
     Mutation(
         "the tail of a row is dropped", "(VECTORS + LANES - 1) / LANES;", "(VECTORS + LANES / 2) / LANES;", UNWRITTEN
     ),
-    Mutation("one vector is not written", STORE, STORE.replace("in_row(i)", "in_row(i) && i != 5"), UNWRITTEN),
+    Mutation("one vector is not written", STORE, STORE.replace("exists()", "exists() && at.vector != 5"), UNWRITTEN),
     Mutation("the input's row stride is its width", "x + token * stride", "x + token * WIDTH", NOT_ITS_OWN),
-    Mutation("the output's row stride is too short", "* WIDTH + i", "* (WIDTH - Vec::SIZE) + i", OVERLAP),
-    Mutation("blocks overlap by a token", "blockIdx.x * (ROWS * UNROLL)", "blockIdx.x * (ROWS * UNROLL - 1)", OVERLAP),
-    Mutation("blocks leave a token out", "blockIdx.x * (ROWS * UNROLL)", "blockIdx.x * (ROWS * UNROLL + 1)", UNWRITTEN),
-    Mutation("teams share their sums", "sums + team * TEAM_WARPS * UNROLL", "sums", RACE),
-    Mutation("shared memory is too small", "sums[ROWS * TEAM_WARPS * UNROLL]", "sums[TEAM_WARPS * UNROLL]", OUTSIDE),
+    Mutation("the output's row stride is too short", "* WIDTH + at", "* (WIDTH - SIZE) + at", OVERLAP),
+    Mutation(
+        "blocks overlap by a token", "blockIdx.x * (ROWS * UNROLL)", "blockIdx.x * (ROWS * UNROLL - 1)", OVERLAP, KERNEL
+    ),
+    Mutation(
+        "blocks leave a token out",
+        "blockIdx.x * (ROWS * UNROLL)",
+        "blockIdx.x * (ROWS * UNROLL + 1)",
+        UNWRITTEN,
+        KERNEL,
+    ),
+    Mutation("teams share their sums", "sums + team * TEAM_WARPS * UNROLL", "sums", RACE, KERNEL),
+    Mutation(
+        "shared memory is too small", "sums[ROWS * TEAM_WARPS * UNROLL]", "sums[TEAM_WARPS * UNROLL]", OUTSIDE, KERNEL
+    ),
     Mutation(
         "the weight is of the neighbouring vector", "weight + i * Vec::SIZE", "weight + (i ^ 1) * Vec::SIZE", WRONG
     ),
-    Mutation("kv is normed with q's eps", "p.kv_eps", "p.q_eps", WRONG),
+    Mutation("kv is normed with q's eps", "p.kv_eps", "p.q_eps", WRONG, KERNEL),
     Mutation(
         "vectors are wider than the alignment",
         "Vector<Element, VEC_BYTES>",
@@ -109,32 +139,265 @@ MUTATIONS = [
     Mutation("inputs are read before the wait", "            wait_for_previous_kernel();\n", "", "before waiting"),
     Mutation(
         "an input is written",
-        STORE,
-        f"{STORE} if (lane == 0) result.store(const_cast<Element*>(weight));",
+        FINISH,
+        f"{FINISH} if (lane == 0) rows[u][s].store(const_cast<Element*>(weight));",
         "input . was changed|order",
     ),
 ]
 
 
-def run(config: Config, warp_size: int) -> None:
-    """Raises EmulationError, for a wrong result as well."""
-    args = list(NORMS.example_args(PROBLEM, TOKENS, torch.device("cpu"), torch.Generator().manual_seed(0)))
-    args[4:6] = 0.5, 2.0  # an eps of its own for each half
-    results = emulate(NORMS, PROBLEM, config, args, warp_size=warp_size)
-    for result, exact in zip(results, NORMS.exact(*args), strict=True):
-        if not (error := NORMS.tolerance(PROBLEM).error(result, exact)) <= 1.0:
-            raise EmulationError(f"a result is {error:.3g} times the tolerance from the reference")
+# ---- mla_rope_kv_cache_cat ------------------------------------------------------------------------------------------
+
+# Some tokens are padded, some have slots beyond the cache, and some are beyond the slots.
+ROPE = Subject(
+    Problem.parse(
+        "mla_rope_kv_cache_cat(dtype=bf16,heads=3,nope_dim=24,rope_dim=16,latent_dim=40,neox=0,table=fp32,cache=auto)"
+    ),
+    Config.parse("THREADS=64,UNROLL=2,VEC_BYTES=16,CHUNK=64,READ_ONCE=0,PDL=1,PREFETCH=4,GUESS=1"),
+    tokens=23,
+)
+# In a warp of 64 lanes, half may have groups of kv_c while the other half has none.
+DS_MLA = Subject(
+    Problem.parse(
+        "mla_rope_kv_cache_cat(dtype=bf16,heads=1,nope_dim=0,rope_dim=64,latent_dim=512,neox=1,table=bf16,"
+        "cache=fp8_ds_mla,query=fp8)"
+    ),
+    {**ROPE.config, "UNROLL": 1, "VEC_BYTES": 32},
+    tokens=23,
+)
+OFF = f"{NOT_ITS_OWN}|SEGV|misaligned|{OVERLAP}|{UNWRITTEN}|{RACE}"  # a wrong address: it depends on where that leads
+NO_SLOT = "if (slot < 0 || slot >= i64(cache.blocks) * cache.block_size) return -1;"
+SLOT = "unit.token < p.slot_count ? p.slots[unit.token] : -1"
+CLAMPED = "early[u] < 0 ? 0 : early[u] < p.table_rows ? int(early[u]) : p.table_rows - 1"
+Q_STORE = "unit.to, values[u], query_scale"
+
+MUTATIONS += [
+    Mutation(*texts, "mla_rope_kv_cache_cat.cu", subject=ROPE)
+    for texts in (
+        ("padded tokens are written", "rows[u] >= 0", "true", OFF),
+        ("slots beyond the cache are written", NO_SLOT, "if (slot < 0) return -1;", OFF),
+        ("tokens beyond the slots have one", SLOT, "p.slots[unit.token]", f"{OUTSIDE}, READ"),
+        ("blocks of the cache are dense", "if (cache.block == cache.block_size * cache.row)", "if (true)", OFF),
+        ("a wrong guess is believed", "positions[u] != guesses[u]", "guesses[u] < 0", WRONG),
+        ("a guess may be any row", CLAMPED, "int(early[u])", OFF),
+        ("the position is what was read early", "read_past_l1(p.positions", "read_early(p.positions", OFF),
+        ("the kernel does not wait", "        wait_for_previous_kernel();\n", "", "before waiting"),
+        ("angles are loaded early", "prefetch(guessed[u]);", "guesses[u] += int(*guessed[u]);", "before waiting"),
+        ("sines are cosines", "sines.load(from + HALF)", "sines.load(from)", WRONG),
+        ("k_pe is cached in kv_c's place", "row + (APART ? 0 : LATENT) + at", "row + at", OFF),
+        ("rows past the end are read", "left < CHUNK ? left : CHUNK", "CHUNK", OFF),
+        ("rotated queries are in nope's place", "* Q_ROW + NOPE + at", "* Q_ROW + at", OFF),
+        ("q_pe is read with k_pe's stride", "token * p.q_pe_token", "token * p.k_pe_token", OFF),
+        ("blocks overlap by a unit", "blockIdx.x * PER_BLOCK", "blockIdx.x * (PER_BLOCK - 1)", OFF),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, "mla_rope_kv_cache_cat.cu", warp_size=64, subject=DS_MLA)
+    for texts in (
+        ("the largest is of half a group", "DS_MLA_LANES / 2; offset", "DS_MLA_LANES / 4; offset", WRONG),
+        ("lanes without kv_c skip the shuffle", "warp_uniform(some)", "unit.kind == KV_C", STANDSTILL),
+        ("scales are the neighbouring group's", "[at / DS_MLA_GROUP]", "[at / DS_MLA_GROUP ^ 1]", WRONG),
+        ("scales have no smallest", "scale > SMALLEST_NORMAL ? scale : SMALLEST_NORMAL", "scale", WRONG),
+        ("k_pe is where it is in other caches", "row + DS_MLA_K_PE", "row + LATENT", OFF),
+        ("the query is divided by the cache's scale", Q_STORE, Q_STORE.replace("query", "cache"), WRONG),
+        ("NeoX's partner is the neighbour", "p.k_pe_out + unit.to + HALF", "p.k_pe_out + unit.to + SIZE", OFF),
+    )
+]
+
+
+# ---- fp8_group_quant, mla_dual_rms_norm_quant -----------------------------------------------------------------------
+
+# 7 tokens of 3 groups end inside a block; columns of scales have a gap between them.
+UNIT = "Units::run(x[u], given"
+QUANT = Subject(
+    Problem.parse("fp8_group_quant(dtype=bf16,width=384,norm=0,cast_before_weight=0,group=128,ue8m0=0,layout=2)"),
+    Config.parse("X_WARPS=2,ROWS=1,UNROLL=2,LOADS=2,SPREAD=1,READ_ONCE=0,PDL=1,PREFETCH=1"),
+    tokens=7,
+)
+# Neither rows nor columns of the scales fill their tiles; a group has two lanes.
+GAP = f"{OFF}|unknown-crash"  # what AddressSanitizer calls 4 bytes of 8
+NVFP4 = Subject(
+    Problem.parse("fp8_group_quant(dtype=bf16,width=208,norm=0,cast_before_weight=0,group=16,ue8m0=0,layout=0)"),
+    {**QUANT.config, "LOADS": 1, "SPREAD": 0},
+    tokens=37,
+)
+NORMS_QUANT = Subject(
+    Problem.parse(
+        "mla_dual_rms_norm_quant(dtype=bf16,q_lora_rank=320,kv_lora_rank=72,cast_before_weight=1,group=64,ue8m0=1,layout=1)"
+    ),
+    {**NORMS.config, "VEC_BYTES": 16, "Q_WARPS": 2, "KV_WARPS": 1},
+    tokens=11,
+)
+MUTATIONS += [
+    Mutation(*texts, file, subject=QUANT)
+    for file, *texts in (
+        ("quant.cuh", "the largest is of half a group", "LANES / 2; offset", "LANES / 4; offset", WRONG),
+        ("quant.cuh", "signs count", "magnitudes = word & 0x7fff7fffu", "magnitudes = word", WRONG),
+        ("quant.cuh", "a reciprocal does for a division", "if (UE8M0) return guess", "return guess", WRONG),
+        ("quant.cuh", "448 is divided by roughly", "return a < INFINITE ? quotient : a", "return guess", WRONG),
+        ("quant.cuh", "zeros have another scale", "0x2edbe6ffu", "0x2edbe6f0u", WRONG),
+        ("quant.cuh", "columns have no gaps", "(i64(tokens) + 3) / 4 * 4", "i64(tokens)", GAP),
+        ("quant.cuh", "columns are row-major", "group * column + token", "token * groups + group", GAP),
+        ("quant.cuh", "vectors are stored side by side", "element(lane, v), some", "lane * 16 + v * 8, some", WRONG),
+        ("fp8_group_quant.cu", "lanes without a group skip the shuffle", UNIT, f"if (unit.exists) {UNIT}", STANDSTILL),
+        ("fp8_group_quant.cu", "rows past the end are read", "if (!unit.exists) continue;", "", OFF),
+        ("fp8_group_quant.cu", "rows are dense", "token * p.x_stride", "token * X_WIDTH", NOT_ITS_OWN),
+        (
+            "fp8_group_quant.cu",
+            "the kernel does not wait",
+            "        wait_for_previous_kernel();\n",
+            "",
+            "before waiting",
+        ),
+        (
+            "fp8_group_quant.cu",
+            "blocks overlap by a unit",
+            "blockIdx.x) * PER_BLOCK",
+            "blockIdx.x) * (PER_BLOCK - 1)",
+            OFF,
+        ),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, "quant.cuh", subject=NVFP4)
+    for texts in (
+        ("a tile's rows are in order", "row % 32 * 16 + row / 32 * 4", "row * 4", f"{WRONG}|{OVERLAP}"),
+        ("padded rows are left as they are", "i64(-tokens & 127) * words", "0", UNWRITTEN),
+        ("padded columns are left as they are", "column % 4; ++column", "column < 0; ++column", UNWRITTEN),
+        ("a byte's halves are swapped", "e2m1_bits(a) | e2m1_bits(b) << 4", "e2m1_bits(b) | e2m1_bits(a) << 4", WRONG),
+        ("the global scale stays in the values", "(rounded * global_reciprocal)", "rounded", WRONG),
+        (
+            "values are divided by what the scale was",
+            "float rounded = e4m3_value(bits)",
+            "float rounded = scale",
+            WRONG,
+        ),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, file, subject=NORMS_QUANT)
+    for file, *texts in (
+        ("quant.cuh", "a lane has its neighbour's group", "at.vector / LANES,", "(at.vector + 1) / LANES,", OFF),
+        ("quant.cuh", "powers of two are rounded down", "+ 0x7fffffu) &", ") &", WRONG),
+        ("quant.cuh", "rows past the end are quantised", "% LANES, at.exists()", "% LANES, true", OFF),
+        ("mla_dual_rms_norm_quant.cu", "kv is normed with q's eps", "p.kv_eps", "p.q_eps", WRONG),
+        ("mla_dual_rms_norm_quant.cu", "teams share their sums", "sums + team * TEAM_WARPS * UNROLL", "sums", RACE),
+    )
+]
+
+
+# Groups of three heads end inside a token, a head leaves lanes idle, and some of what is left is not rotated.
+GQA = Subject(
+    Problem.parse(
+        "rope_kv_cache(dtype=bf16,heads=4,kv_heads=2,head_dim=80,rope_dim=32,neox=1,table=bf16,cache=auto,"
+        "qk_norm=1,q_fp8=0,return_k=1)"
+    ),
+    Config.parse("THREADS=64,UNROLL=3,VEC_BYTES=16,READ_ONCE=1,PDL=1,PREFETCH=4,GUESS=1"),
+    tokens=27,
+)
+GQA_FP8 = Subject(
+    Problem.parse(
+        "rope_kv_cache(dtype=fp16,heads=3,kv_heads=3,head_dim=32,rope_dim=16,neox=0,table=fp32,cache=fp8_per_head,"
+        "qk_norm=0,q_fp8=1,return_k=0)"
+    ),
+    {**GQA.config, "UNROLL": 2, "VEC_BYTES": 8},
+    tokens=23,
+)
+SLOT_OF = "CACHE && token < u32(p.slot_count) ? p.slots[token] : -1"
+A_ROW = "position < 0 ? 0 : position < p.table_rows ? position : p.table_rows - 1"
+ROUNDED = "round_to<Element>(values);\n"
+FACTORS = "values[e] *= factors[e];\n    "
+WORK = "own_token <= last_token && (LANES"
+
+MUTATIONS += [
+    Mutation(*texts, file, subject=GQA)
+    for file, *texts in (
+        ("rope_kv_cache.cu", "rows of padded tokens are written", "block < u32(cache.blocks) ?", "true ?", OFF),
+        ("rope_kv_cache.cu", "tokens beyond the slots have one", SLOT_OF, "p.slots[token]", f"{OUTSIDE}, READ"),
+        ("rope_kv_cache.cu", "a slot has 32 bits", "number = slot,", "number = u32(slot),", f"{OFF}|{WRONG}"),
+        ("rope_kv_cache.cu", "blocks have a power of two of rows", "size & (size - 1) ? -1 :", "", f"{OFF}|{WRONG}"),
+        ("rope_kv_cache.cu", "v has the strides of k's cache", "row.of(p.v_cache", "row.of(p.k_cache", OFF),
+        ("rope_kv_cache.cu", "q has the stride of k", "token * p.q_token", "token * p.k_token", OFF),
+        ("rope_kv_cache.cu", "idle lanes count", "own_lane >= PAIRS) sum", "own_lane > PAIRS) sum", WRONG),
+        ("rope_kv_cache.cu", "a sum over half of the lanes", "offset = LANES / 2", "offset = LANES / 4", WRONG),
+        (
+            "rope_kv_cache.cu",
+            "the normed value is not rounded",
+            f"inverse_rms;\n    {ROUNDED}",
+            "inverse_rms;\n",
+            WRONG,
+        ),
+        ("rope_kv_cache.cu", "the weighed value is not rounded", f"{FACTORS}{ROUNDED}", FACTORS, WRONG),
+        ("rope_kv_cache.cu", "k has q's weight", "weights[UNROLL > 1 && head >= HEADS]", "weights[0]", WRONG),
+        ("rope_kv_cache.cu", "all is rotated", "if (lane < ROTATED) angles.rotate", "angles.rotate", WRONG),
+        ("rope_kv_cache.cu", "the partner is a neighbour", "(rotated ? HALF", "(rotated ? SIZE", f"{OFF}|{WRONG}"),
+        ("rope_kv_cache.cu", "a wrong guess is believed", "position != guess", "guess < 0", WRONG),
+        ("rope_kv_cache.cu", "a guess may be any row", A_ROW, "position", OFF),
+        ("rope_kv_cache.cu", "positions are read early", "read_past_l1(p.positions", "read_early(p.positions", OFF),
+        ("rope_kv_cache.cu", "the kernel does not wait", "        wait_for_previous_kernel();\n", "", "before waiting"),
+        ("rope_kv_cache.cu", "rows past the end are written", WORK, "(LANES", OVERLAP),
+        (
+            "rope_kv_cache.cu",
+            "a thread is left out",
+            "(unsigned long long)blockIdx.x * THREADS",
+            "blockIdx.x * 65ull",
+            OFF,
+        ),
+        ("rope.cuh", "pairs turn the other way", "- y[e] * sines[e]", "+ y[e] * sines[e]", WRONG),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, file, subject=GQA_FP8)
+    for file, *texts in (
+        ("rope_kv_cache.cu", "k's heads have one scale", "(CACHE == 3 ? head - HEADS : 0)", "0", WRONG),
+        ("rope_kv_cache.cu", "v has k's scales", "p.v_cache.scale +", "p.k_cache.scale +", WRONG),
+        ("rope_kv_cache.cu", "fp8 elements have two bytes", "FP8_CACHE ? 1 :", "FP8_CACHE ? 2 :", OFF),
+        ("rope_kv_cache.cu", "q is not divided", "if (head < HEADS) return p.q_scale", "return p.k_cache.scale", WRONG),
+        (
+            "rope.cuh",
+            "both vectors have x's angles",
+            "cosines[1].load(row + (half + at) / 2)",
+            "cosines[1].load(row)",
+            WRONG,
+        ),
+    )
+]
+
+
+# ---- Another kernel: a Subject of its own, and MUTATIONS += [Mutation(…, subject=THAT), …], here. --------------------
+
+
+Launch = tuple[Problem, Config, int, int]  # and the warp size, and T
+
+
+def launch(mutation: Mutation) -> Launch:
+    subject = mutation.subject
+    return subject.problem, Config.of(subject.config, **mutation.config), mutation.warp_size, subject.tokens
+
+
+def run(launch: Launch, edits: tuple[tuple[str, str, str], ...] = ()) -> None:
+    problem, config, warp_size, tokens = launch
+    op = get_op(problem.op)
+    args = op.check_args(problem, tokens, torch.device("cpu"), torch.Generator().manual_seed(0))
+    verify(op, problem, config, args, warp_size=warp_size, edits=edits)
+
+
+def run_mutation(mutation: Mutation) -> None:
+    run(launch(mutation), ((mutation.file, mutation.old, mutation.new),))
+
+
+@pytest.fixture(scope="module")
+def mutated(request: pytest.FixtureRequest) -> Iterator[dict[Mutation, Future[None]]]:
+    with run_ahead(run_mutation, wanted(request, "mutation")) as outcomes:
+        yield outcomes
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: re.sub(r"\W+", "-", mutation.name))
-def test_is_caught(mutation: Mutation, edit_kernels: Callable[[str, str, str], None]) -> None:
-    edit_kernels(mutation.file, mutation.old, mutation.new)
+def test_is_caught(mutation: Mutation, mutated: dict[Mutation, Future[None]]) -> None:
     with pytest.raises(EmulationError, match=mutation.caught):
-        run(Config.of(CONFIG, **mutation.config), mutation.warp_size)
+        mutated[mutation].result()
 
 
-@pytest.mark.parametrize(
-    ("config", "warp_size"), {(Config.of(CONFIG, **each.config), each.warp_size): None for each in MUTATIONS}
-)
-def test_the_kernel_itself_passes(config: Config, warp_size: int) -> None:
-    run(config, warp_size)
+@pytest.mark.parametrize("launch", dict.fromkeys(map(launch, MUTATIONS)), ids=str)
+def test_the_kernel_itself_passes(launch: Launch) -> None:
+    run(launch)

@@ -57,9 +57,10 @@ def plan_of(problem: Problem, config: Config, device: torch.device) -> Plan:
 
 def assert_right(op: FusedOp, problem: Problem, args: tuple[Any, ...], results: tuple[torch.Tensor, ...]) -> None:
     """What the op wrote into its arguments is compared by ``verify``; here only what it returned."""
-    for index, (result, exact) in enumerate(zip(results, op.exact(*args)[: op.result_count], strict=True)):
-        assert result.shape == exact.shape
-        assert result.is_contiguous()
+    expected = zip(results, op.exact(*args)[: op.result_count], op.fake(*args), strict=True)
+    for index, (result, exact, fake) in enumerate(expected):
+        assert result.shape == exact.shape == fake.shape
+        assert result.stride() == fake.stride()
         assert op.tolerance(problem, index).error(result, exact) <= 1.0
 
 

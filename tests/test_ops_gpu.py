@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from autofuse.ops import Config, get_op
+import autofuse.kernels_src
+from autofuse.ops import OPS, Config, FusedOp, Problem, get_op
+from autofuse.runtime.dispatch import bind_plan
 from autofuse.runtime.plan import Plan
-from autofuse.targets import target_of
+from autofuse.targets import Kernel, KernelSpec, target_of, toolchain
+from bench.chain import Chain, launched_plainly
+from fuzz_ops import random_config
 
 pytestmark = pytest.mark.gpu
 
@@ -87,3 +95,179 @@ def test_calls_run_on_the_current_stream() -> None:
     stream.synchronize()
     for result, right in zip(results, expected, strict=True):
         assert torch.equal(result, right)
+
+
+# Programmatic dependent launch of every op that has it: whatever runs before, results are those of a plain launch.
+
+OVERLAPPING = [
+    pytest.param(op, id=op.name)
+    for op in OPS.values()
+    if "cuda" in op.kernels and any(tunable.name == "PDL" for tunable in op.kernels["cuda"].space.tunables)
+]
+REPLAYS = 1000
+
+
+def drawn(op: FusedOp, tokens: int, pdl: int, seed: str) -> tuple[Problem, Config, Config]:
+    """A problem, a config that lets the next kernel start early (PDL=1) or late (PDL=2), and the same launched plainly.
+
+    It runs on the op's ``example_args``: those of a chain.
+    """
+    space, source = op.kernel_source("cuda").space, random.Random(seed)
+    while True:
+        problem = source.choice(op.sweep_problems())
+        config = random_config(space, problem, source, {"PDL": pdl})
+        args = op.example_args(problem, tokens, DEVICE, torch.Generator(DEVICE))
+        if config and op.binding(problem).launchable(args, op.launch_shape(problem, config).align):
+            return problem, config, launched_plainly(op, problem, config)
+
+
+def captured(run: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    run()  # outside of the capture: first calls load kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """NaNs, which poison and padding may be, are not equal to themselves; their bits are."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def differ(
+    run: Callable[[], list[torch.Tensor]],
+    other: Callable[[], list[torch.Tensor]],
+    change_inputs: Callable[[int], None],
+    put_back: Callable[[], None],
+) -> bool:
+    """Whether two runs, each captured in a CUDA graph, ever give different results in REPLAYS replays on changing
+    inputs.
+    """
+    (first, results), (second, others) = captured(run), captured(other)
+    found = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    for replay in range(REPLAYS):
+        change_inputs(replay)
+        put_back()
+        first.replay()
+        expected = [result.clone() for result in results]
+        put_back()
+        second.replay()
+        for result, right in zip(others, expected, strict=True):
+            found |= (bits(result) != bits(right)).any()
+    return bool(found)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 500])
+@pytest.mark.parametrize("pdl", [1, 2])
+@pytest.mark.parametrize("op", OVERLAPPING)
+def test_overlapping_kernels_between_gemms_change_nothing(op: FusedOp, pdl: int, tokens: int) -> None:
+    problem, config, plain = drawn(op, tokens, pdl, f"{op.name} {tokens} {pdl}")
+    chain = Chain(problem, tokens, DEVICE, links=3)
+    before = {index: chain.args[index].clone() for index in op.mutates if chain.args[index] is not None}
+    generator = torch.Generator(DEVICE).manual_seed(1)
+
+    def change_inputs(replay: int) -> None:
+        chain.start.copy_(torch.randn(chain.start.shape, device=DEVICE, generator=generator))
+
+    def put_back() -> None:
+        for index, content in before.items():
+            chain.args[index].copy_(content)
+
+    assert not differ(lambda: chain.run(plain), lambda: chain.run(config), change_inputs, put_back), (
+        f"{problem} {config}"
+    )
+
+
+class LateChain:
+    """Late copy → op → late copy → op …: a late copy lets the op start at once, but writes what the op reads, and reads
+    what the op returned before, only some microseconds later. A kernel that touches either without waiting is wrong.
+
+    All that the op reads changes from call to call: activations, positions and slots, as well as weights and tables.
+    """
+
+    def __init__(self, problem: Problem, tokens: int, links: int = 3) -> None:
+        op = get_op(problem.op)
+        sets = [op.example_args(problem, tokens, DEVICE, torch.Generator(DEVICE).manual_seed(i)) for i in range(5)]
+        self.args = sets[0]
+        self._memory = [self._read_only(op, args) for args in sets]
+        self._sets = [[tensor.clone() for tensor in memory] for memory in self._memory]
+        self._staged = [[tensor.clone() for tensor in self._memory[0]] for _ in range(links)]
+        self._mutated = [self.args[index] for index in op.mutates if self.args[index] is not None]
+        self._before = [tensor.clone() for tensor in self._mutated]
+        self._late_copy = self._load()
+
+    def run(self, call: Callable[..., Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        results: list[torch.Tensor] = []
+        for staged in self._staged:
+            copies = [torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device=DEVICE) for r in results]
+            self._copy([*staged, *results], [*self._memory[0], *copies])
+            kept += copies
+            results = []  # the call gets the same memory again
+            results = list(call(*self.args))
+        return [*kept, *results, *self._mutated]
+
+    def change_inputs(self, replay: int) -> None:
+        for link, staged in enumerate(self._staged):
+            for tensor, content in zip(staged, self._sets[(replay + link) % len(self._sets)], strict=True):
+                tensor.copy_(content)
+
+    def put_back(self) -> None:
+        for tensor, content in zip(self._mutated, self._before, strict=True):
+            tensor.copy_(content)
+
+    @staticmethod
+    def _read_only(op: FusedOp, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The memory of all arguments that are not written, each piece once: several may be views of one tensor."""
+        read = [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in op.mutates]
+        whole = [arg if arg._base is None else arg._base for arg in read]
+        return list({tensor.data_ptr(): tensor for tensor in whole}.values())
+
+    MOST, BLOCKS, CYCLES = 20, 32, 8000  # 4 µs at 2 GHz
+
+    def _load(self) -> Kernel:
+        shutil.copy(Path(__file__).with_name("late_copy.cu"), autofuse.kernels_src.FOLDER)
+        spec = KernelSpec(
+            source="late_copy.cu",
+            entry="late_copy",
+            defines={"THREADS": 256, "BLOCKS": self.BLOCKS, "CYCLES": self.CYCLES},
+            params_format="P" * 2 * self.MOST + "i" * self.MOST,
+            block=256,
+        )
+        chain = toolchain("cuda")
+        return chain.load(spec, chain.compile(spec, target_of(DEVICE).arch), DEVICE)
+
+    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        nothing = [0] * (self.MOST - len(sources))
+        sizes = [tensor.untyped_storage().nbytes() for tensor in sources]
+        self._late_copy.launch(
+            self.BLOCKS,
+            *(tensor.data_ptr() for tensor in sources), *nothing,
+            *(tensor.data_ptr() for tensor in targets), *nothing,
+            *sizes, *nothing,
+        )  # fmt: skip
+
+
+def differ_behind_a_late_copy(op: FusedOp, problem: Problem, config: Config, other: Config, tokens: int) -> bool:
+    chain, arch = LateChain(problem, tokens), target_of(DEVICE).arch
+    first, second = (bind_plan(op, Plan(arch, problem, ((1, each),)), DEVICE) for each in (config, other))
+    return differ(lambda: chain.run(first), lambda: chain.run(second), chain.change_inputs, chain.put_back)
+
+
+@pytest.mark.usefixtures("edit_kernels")
+@pytest.mark.parametrize("tokens", [1, 64, 500])
+@pytest.mark.parametrize("pdl", [1, 2])
+@pytest.mark.parametrize("op", OVERLAPPING)
+def test_overlapping_kernels_wait_for_one_that_is_late(op: FusedOp, pdl: int, tokens: int) -> None:
+    problem, config, plain = drawn(op, tokens, pdl, f"{op.name} {tokens} {pdl} late")
+    assert not differ_behind_a_late_copy(op, problem, plain, config, tokens), f"{problem} {config}"
+
+
+@pytest.mark.parametrize("pdl", [1, 2])
+@pytest.mark.parametrize("op", OVERLAPPING)
+def test_a_kernel_that_does_not_wait_is_found(
+    op: FusedOp, pdl: int, edit_kernels: Callable[[str, str, str], None]
+) -> None:
+    edit_kernels("gpu.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', "")
+    problem, config, plain = drawn(op, 64, pdl, f"{op.name} {pdl}")
+    assert differ_behind_a_late_copy(op, problem, plain, config, 64), f"{problem} {config}"

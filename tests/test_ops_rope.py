@@ -1,4 +1,4 @@
-"""mla_rope_kv_cache_cat as a user calls it: what padding, missing caches and odd layouts mean."""
+"""mla_rope_kv_cache_cat as a user calls it: what padding, missing caches, kinds of caches and odd layouts mean."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import emulate, unavailable
+from emulation import verify as verify_emulated
 
-from autofuse.ops import Problem, get_op
+from autofuse.errors import BadInput
+from autofuse.ops import Config, Problem, get_op
 from autofuse.runtime import dispatch
 from autofuse.runtime.dispatch import OpRegistry, registry
 
 ROPE = get_op("mla_rope_kv_cache_cat")
-CACHE, SLOTS, SCALE = 7, 6, 8
+Q_NOPE, Q_PE, KV_C, K_PE, POSITIONS, TABLE, SLOTS, CACHE, K_PE_CACHE, KV_SCALE, Q_SCALE, IS_NEOX = range(12)
+CPU = torch.device("cpu")
 
 
-def problem(cache: str = "auto", *, neox: bool = False, nope: int = 24, dtype: str = "bf16") -> Problem:
-    return ROPE.make_problem(
-        dtype=dtype, heads=3, nope_dim=nope, rope_dim=16, latent_dim=40, neox=neox, table="fp32", cache=cache
-    )
+def problem(
+    cache: str = "auto", *, neox: bool = False, nope: int = 24, dtype: str = "bf16", query: str = "auto", heads: int = 3
+) -> Problem:
+    latent, rope = (512, 64) if cache == "fp8_ds_mla" else (40, 16)
+    widths = {"heads": heads, "nope_dim": nope, "rope_dim": rope, "latent_dim": latent}
+    return ROPE.make_problem(dtype=dtype, neox=neox, table="fp32", cache=cache, query=query, **widths)
 
 
 def args_of(which: Problem, tokens: int, device: torch.device) -> list[Any]:
@@ -53,30 +59,91 @@ def assert_right(which: Problem, args: list[Any], call: Any) -> tuple[torch.Tens
     return results
 
 
-@pytest.mark.parametrize("cache", ["none", "auto", "fp8"])
+def launched(which: Problem, args: list[Any]) -> bool:
+    """Whether a kernel takes the call, and not the reference."""
+    return ROPE.binding(which).accepts(args) and ROPE.binding(which).launchable(args, 4)
+
+
+def longer(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """With ``rows`` rows more, of NaN: whoever reads them shows it."""
+    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), float("nan"))])
+
+
+@pytest.mark.parametrize(
+    ("cache", "query"),
+    [
+        ("none", "fp8"),
+        ("auto", "auto"),
+        ("fp8", "fp8"),
+        ("fp8_ds_mla", "auto"),
+        ("auto_apart", "auto"),
+        ("fp8_apart", "fp8"),
+    ],
+)
 @pytest.mark.parametrize("neox", [False, True], ids=["GPT-J", "NeoX"])
 @pytest.mark.parametrize("tokens", [1, 5, 130])
-def test_queries_and_cache_are_those_of_the_reference(
-    rope: Any, tokens: int, neox: bool, cache: str, device: torch.device
+def test_queries_and_caches_are_those_of_the_reference(
+    rope: Any, tokens: int, neox: bool, cache: str, query: str, device: torch.device
 ) -> None:
-    which = problem(cache, neox=neox)
-    assert_right(which, args_of(which, tokens, device), rope)
+    which = problem(cache, neox=neox, query=query)
+    args = args_of(which, tokens, device)
+    assert launched(which, args)
+    results = assert_right(which, args, rope)
+    for result, fake in zip(results, ROPE.fake(*args), strict=True):
+        assert (result.shape, result.dtype, result.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
-def test_a_padded_token_writes_no_cache_row_and_is_rotated_all_the_same(rope: Any, device: torch.device) -> None:
-    which = problem()
+@pytest.mark.parametrize("heads", [1, 128])
+def test_there_may_be_one_head_or_many(rope: Any, heads: int, device: torch.device) -> None:
+    which = problem(heads=heads)
+    assert_right(which, args_of(which, 3, device), rope)
+
+
+# Padding
+
+
+@pytest.mark.parametrize("slot", [-1, -(2**40), 2 * 64, 2**40], ids=["-1", "negative", "first-beyond", "far-beyond"])
+@pytest.mark.parametrize("cache", ["auto", "fp8_apart", "fp8_ds_mla"])
+def test_a_token_whose_slot_is_not_in_the_cache_writes_none_and_is_rotated_all_the_same(
+    rope: Any, cache: str, slot: int, device: torch.device
+) -> None:
+    which = problem(cache)
     args = args_of(which, 7, device)
-    args[SLOTS][[0, 3, 6]] = -1
+    args[SLOTS][[0, 3, 6]] = slot
     assert_right(which, args, rope)
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8_ds_mla"])
+def test_tokens_beyond_the_slot_mapping_are_padded(rope: Any, cache: str, device: torch.device) -> None:
+    which = problem(cache)
+    args = args_of(which, 7, device)
+    args[SLOTS] = args[SLOTS][:4]
+    assert launched(which, args)
+    assert_right(which, args, rope)
+
+
+def test_buffers_may_be_longer_than_there_are_tokens(rope: Any, device: torch.device) -> None:
+    which = problem()
+    args = args_of(which, 7, device)
+    for extra, index in enumerate((Q_NOPE, Q_PE, KV_C, K_PE), start=1):
+        args[index] = longer(args[index], extra)
+    args[SLOTS] = torch.cat([args[SLOTS], args[SLOTS][:2]])
+    assert launched(which, args)
+    q, k_pe = assert_right(which, args, rope)
+    assert (q.shape[0], k_pe.shape[0]) == (7, 7)
+
+
 def test_rows_that_no_slot_names_keep_every_byte(rope: Any, device: torch.device) -> None:
-    args = args_of(problem("fp8"), 7, device)
-    before = args[CACHE].view(torch.uint8).clone()
+    args = args_of(problem("fp8_apart"), 7, device)
+    before = [args[index].view(torch.uint8).clone() for index in (CACHE, K_PE_CACHE)]
     rope(*args)
-    untouched = torch.ones(before.shape[:2], dtype=torch.bool, device=device)
-    untouched.view(-1)[args[SLOTS]] = False
-    assert torch.equal(args[CACHE].view(torch.uint8)[untouched], before[untouched])
+    for index, bytes_before in zip((CACHE, K_PE_CACHE), before, strict=True):
+        untouched = torch.ones(bytes_before.shape[:2], dtype=torch.bool, device=device)
+        untouched.view(-1)[args[SLOTS]] = False
+        assert torch.equal(args[index].view(torch.uint8)[untouched], bytes_before[untouched])
+
+
+# Caches
 
 
 def test_cache_rows_may_lie_apart(rope: Any, device: torch.device) -> None:
@@ -90,18 +157,48 @@ def test_cache_rows_may_lie_apart(rope: Any, device: torch.device) -> None:
     assert bool((wide[:, :, width:] == 7).all())
 
 
-@pytest.mark.parametrize("absent", ["no cache", "no slots", "cache without rows"])
+def test_two_contiguous_caches_are_written_at_batch_and_position(rope: Any, device: torch.device) -> None:
+    batch, most_positions = 3, 10
+    args = args_of(problem("auto_apart"), batch, device)
+    args[CACHE], args[K_PE_CACHE] = (torch.zeros(batch, most_positions, w, device=device).bfloat16() for w in (40, 16))
+    args[POSITIONS] = torch.tensor([7, 0, 9], device=device)
+    args[SLOTS] = torch.arange(batch, device=device) * most_positions + args[POSITIONS]
+    _, k_pe = rope(*args)
+    for row, position in enumerate((7, 0, 9)):
+        assert torch.equal(args[CACHE][row, position], args[KV_C][row])
+        assert torch.equal(args[K_PE_CACHE][row, position], k_pe[row])
+    assert int((args[CACHE] != 0).any(-1).sum()) == batch
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_row_of_fp8_ds_mla_is_values_and_scales_and_k_pe(rope: Any, dtype: str, device: torch.device) -> None:
+    args = args_of(problem("fp8_ds_mla", dtype=dtype), 2, device)
+    args[KV_C][0, :128] = 0
+    args[KV_C][0, 128] = 1e4
+    _, k_pe = rope(*args)
+    rows = args[CACHE].view(-1, 656)[args[SLOTS]]
+    values, scales = rows[:, :512].view(torch.float8_e4m3fn).float(), rows[:, 512:528].view(torch.float32)
+    amax = args[KV_C].float().unflatten(-1, (4, 128)).abs().amax(-1)
+    assert torch.equal(scales, (amax / 448).clamp(min=torch.finfo(torch.float32).tiny))
+    decoded = (values.unflatten(-1, (4, 128)) * scales[..., None]).flatten(-2)
+    torch.testing.assert_close(decoded, args[KV_C].float(), rtol=1 / 16, atol=1e4 / 448 / 512)
+    assert torch.equal(rows[:, 528:].view(k_pe.dtype), k_pe)
+
+
+@pytest.mark.parametrize("absent", ["no cache", "no slots", "cache without rows", "slots without rows"])
 def test_before_a_model_has_its_cache_queries_are_rotated_all_the_same(
     rope: Any, absent: str, device: torch.device
 ) -> None:
     args = args_of(problem(), 5, device)
     expected = ROPE.exact(*args)[:2]
-    if absent == "no slots":
-        args[SLOTS] = None
+    if "slots" in absent:
+        args[SLOTS] = None if absent == "no slots" else args[SLOTS][:0]
     else:
         args[CACHE] = None if absent == "no cache" else args[CACHE][:0]
+    before = None if args[CACHE] is None else args[CACHE].clone()
     for index, (result, right) in enumerate(zip(rope(*args), expected, strict=True)):
         assert ROPE.tolerance(problem(), index).error(result, right) <= 1.0
+    assert before is None or torch.equal(args[CACHE], before)
 
 
 @pytest.mark.parametrize("change", ["no slots", "no rows", "a scale without dimensions"])
@@ -118,10 +215,13 @@ def test_each_kind_of_call_is_bound_but_once(
     elif change == "no rows":
         args[CACHE] = args[CACHE][:0]
     else:
-        args[SCALE] = args[SCALE][0]
+        args[KV_SCALE] = args[KV_SCALE][0]
     for _ in range(5):
         python(args, "")
     assert len(bindings) == 1
+
+
+# Queries
 
 
 def test_without_q_nope_the_rotated_query_comes_alone(rope: Any, device: torch.device) -> None:
@@ -130,43 +230,95 @@ def test_without_q_nope_the_rotated_query_comes_alone(rope: Any, device: torch.d
     assert (q.shape, k_pe.shape) == ((4, 3, 16), (4, 16))
 
 
-def test_no_tokens_give_empty_results(rope: Any, device: torch.device) -> None:
-    q, k_pe = rope(*args_of(problem(), 0, device))
-    assert (q.shape, k_pe.shape) == ((0, 3, 40), (0, 16))
+@pytest.mark.parametrize("cache", ["none", "auto", "fp8_ds_mla"])
+def test_no_tokens_give_empty_results_and_write_nothing(rope: Any, cache: str, device: torch.device) -> None:
+    args = args_of(problem(cache, query="fp8"), 0, device)
+    before = args[CACHE] if args[CACHE] is None else args[CACHE].clone()
+    q, k_pe = rope(*args)
+    assert (q.shape[0], q.dtype, k_pe.shape[0]) == (0, torch.float8_e4m3fn, 0)
+    assert before is None or torch.equal(args[CACHE], before)
 
 
-def test_fp8_values_beyond_the_largest_are_the_largest(rope: Any, device: torch.device) -> None:
-    args = args_of(problem("fp8"), 2, device)
-    args[2].fill_(1000.0)
-    args[SCALE].fill_(1.0)
-    rope(*args)
+def test_fp8_values_are_those_of_a_division(rope: Any, device: torch.device) -> None:
+    """To the bit: a product with the reciprocal would differ where quotients are near a tie."""
+    args = args_of(problem("fp8", query="fp8"), 300, device)
+    for index, scale in ((KV_SCALE, 0.0773), (Q_SCALE, 0.0131)):
+        args[index].fill_(scale)
+    q, _ = rope(*args)
+    values = args[CACHE].view(-1, 56)[args[SLOTS], :40]
+    for result, x, scale in ((q[:, :, :24], args[Q_NOPE], 0.0131), (values, args[KV_C], 0.0773)):
+        right = (x.float() / torch.tensor(scale, device=device)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(result.float(), right.float())
+
+
+@pytest.mark.parametrize(("value", "stored"), [(1000.0, 448.0), (-1000.0, -448.0), (float("inf"), 448.0)])
+def test_fp8_values_beyond_the_largest_are_the_largest(
+    rope: Any, value: float, stored: float, device: torch.device
+) -> None:
+    args = args_of(problem("fp8", query="fp8"), 2, device)
+    for index, scale in ((KV_C, KV_SCALE), (Q_NOPE, Q_SCALE)):
+        args[index].fill_(value)
+        args[scale].fill_(1.0)
+    q, _ = rope(*args)
     rows = args[CACHE].float().view(-1, 56)[args[SLOTS]]
-    assert bool((rows[:, :40] == 448).all())
+    assert bool((rows[:, :40] == stored).all())
+    assert bool((q.float()[:, :, :24] == stored).all())
+
+
+# Bad input
 
 
 @pytest.mark.parametrize(
-    ("index", "value", "said"),
+    ("changes", "said"),
     [
-        (4, torch.zeros(4, dtype=torch.int32), "must be int64"),
-        (4, torch.zeros(3, dtype=torch.int64), "positions has 3 rows, q_pe 4"),
-        (5, torch.zeros(9, 8), "elements, which must be one number"),
-        (7, torch.zeros(2, 64, 50, dtype=torch.bfloat16), r"is not \[blocks, block_size, 56\]"),
-        (7, torch.zeros(2, 64, 56).to(torch.float8_e4m3fn), "needs kv_scale"),
+        ({POSITIONS: torch.zeros(4, dtype=torch.int32)}, "positions must be int64"),
+        ({POSITIONS: torch.zeros(5, dtype=torch.int64)}, "q_pe has 4 rows, positions 5"),
+        ({KV_C: torch.zeros(3, 40).bfloat16()}, "kv_c has 3 rows, positions 4"),
+        ({Q_NOPE: torch.zeros(4, 2, 24).bfloat16()}, r"q_nope \[4, 2, 24\] is not \[T, H, N\]"),
+        ({SLOTS: torch.zeros(4, dtype=torch.int32)}, "slot_mapping must be int64"),
+        ({TABLE: torch.zeros(9, 8)}, "elements, which must be one number"),
+        ({K_PE: torch.zeros(16, 4).bfloat16().T}, "k_pe's last dimension is not contiguous"),
+        ({CACHE: torch.zeros(2, 64, 112).bfloat16()[..., ::2]}, "kv_cache's last dimension is not contiguous"),
+        ({CACHE: torch.zeros(2, 64, 50).bfloat16()}, r"kv_cache \[2, 64, 50\] is not \[blocks, block_size, 56\]"),
+        ({CACHE: torch.zeros(2, 64, 56).to(torch.float8_e4m3fn)}, "needs kv_scale"),
+        (
+            {CACHE: torch.zeros(2, 64, 56).to(torch.float8_e4m3fn), KV_SCALE: torch.ones(3)},
+            r"kv_scale must be one fp32 value, not torch.float32, \[3\]",
+        ),
+        ({Q_SCALE: torch.ones(1).bfloat16()}, "q_scale must be one fp32 value"),
+        ({CACHE: torch.zeros(2, 64, 656, dtype=torch.uint8)}, "whose rows hold a latent of 512"),
+        ({K_PE_CACHE: torch.zeros(2, 64, 16).bfloat16()}, r"is not \[blocks, block_size, 40\]"),
+        (
+            {CACHE: torch.zeros(2, 64, 40).bfloat16(), K_PE_CACHE: torch.zeros(2, 32, 16).bfloat16()},
+            r"k_pe_cache \[2, 32, 16\] of torch.bfloat16 is not \[2, 64, 16\]",
+        ),
+        (
+            {CACHE: torch.zeros(2, 64, 40).bfloat16(), K_PE_CACHE: torch.zeros(2, 64, 16)},
+            "of torch.float32 is not .* of torch.bfloat16",
+        ),
     ],
 )
-def test_arguments_that_do_not_fit_are_one_clear_line(index: int, value: torch.Tensor, said: str) -> None:
-    args = args_of(problem(), 4, torch.device("cpu"))
-    args[index] = value
-    with pytest.raises(RuntimeError, match=said):
-        torch.ops.autofuse.mla_rope_kv_cache_cat(*args)
+def test_arguments_that_do_not_fit_are_one_clear_line(changes: dict[int, torch.Tensor], said: str) -> None:
+    args = args_of(problem(), 4, CPU)
+    for index, value in changes.items():
+        args[index] = value
+    with pytest.raises(BadInput, match=said):
+        dispatch._PythonDispatcher(ROPE, OpRegistry())(args, "")
+    with pytest.raises(BadInput, match=said):
+        ROPE.fake(*args)
 
 
-def test_pytorch_accepts_its_registration(device: torch.device) -> None:
-    torch.library.opcheck(torch.ops.autofuse.mla_rope_kv_cache_cat.default, tuple(args_of(problem(), 3, device)))
+# Compiled graphs
 
 
-def test_compiled_graphs_write_into_the_callers_cache(device: torch.device) -> None:
-    which = problem()
+@pytest.mark.parametrize("which", [problem(), problem("fp8_ds_mla", query="fp8"), problem("auto_apart")], ids=str)
+def test_pytorch_accepts_its_registration(which: Problem, device: torch.device) -> None:
+    torch.library.opcheck(torch.ops.autofuse.mla_rope_kv_cache_cat.default, tuple(args_of(which, 3, device)))
+
+
+@pytest.mark.parametrize("cache", ["auto", "auto_apart", "fp8_ds_mla"])
+def test_compiled_graphs_write_into_the_callers_cache(cache: str, device: torch.device) -> None:
+    which = problem(cache)
     args = args_of(which, 6, device)
 
     def step(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -174,3 +326,34 @@ def test_compiled_graphs_write_into_the_callers_cache(device: torch.device) -> N
 
     compiled = torch.compile(step, backend="aot_eager")
     assert_right(which, args, compiled)
+
+
+# The GPU kernel, emulated
+
+emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "can be emulated")
+
+
+@emulated
+@pytest.mark.parametrize("change", [{}, {"GUESS": 0}, {"PREFETCH": 0, "GUESS": 0}], ids=str)
+@pytest.mark.parametrize("which", ROPE.sweep_problems(), ids=str)
+def test_kernels_that_overlap_their_predecessor_are_right_on_padded_and_strided_arguments(
+    which: Problem, change: dict[str, int]
+) -> None:
+    """An early look at a position sees another one now and then: see the emulator."""
+    config = Config.of(ROPE.default_config("cuda", which, 1), **{"PDL": 1, "PREFETCH": 2, "GUESS": 1, **change})
+    for tokens in (1, 14):
+        args = ROPE.check_args(which, tokens, CPU, torch.Generator().manual_seed(tokens))
+        verify_emulated(ROPE, which, config, args)
+
+
+@emulated
+@pytest.mark.parametrize("scale", [0.0131, 2.0**-126, 2.0**126])
+def test_kernels_divide_as_a_division_rounds(scale: float) -> None:
+    which = problem("fp8", query="fp8")
+    args = args_of(which, 40, CPU)
+    args[Q_SCALE].fill_(scale)
+    args[Q_NOPE] = (args[Q_NOPE].float() * scale).bfloat16()
+    args[Q_NOPE][:, 0, :4] = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")])
+    expected = ROPE.reference(*args)[0][:, :, :24].float()
+    q, _ = emulate(ROPE, which, ROPE.default_config("cuda", which, 1), args)
+    assert torch.equal(q[:, :, :24].float().nan_to_num(1000), expected.nan_to_num(1000))

@@ -171,7 +171,7 @@ def test_without_a_working_inductor_the_baseline_is_eager_alone(
 
 def test_a_wrong_kernel_never_wins(tiny: Effort, edit_kernels: EditKernels) -> None:
     problem = norms(q=144)
-    edit_kernels("mla_dual_rms_norm.cpp", "sum / WIDTH", "sum * 1.05f / WIDTH")
+    edit_kernels("rms_norm.h", "sum / WIDTH", "sum * 1.05f / WIDTH")
     with TunedDatabase() as database:
         assert tune(database, tiny, problem) == []
         trials = rows(database, problem)

@@ -66,43 +66,51 @@ def test_what_is_checked_is_unlike_what_a_model_makes() -> None:
     assert q_c._base is not kv_c._base
     assert q_c.stride(0) != kv_c.stride(0)
     assert int((q_c == 0).all(-1).sum()) == int((kv_c == 0).all(-1).sum()) == 1
-    *_, slots, cache, scale, _ = check_args(rope("fp8"), 9)
-    assert cache.shape[1] == 16
-    assert cache.stride(0) > 16 * cache.stride(1) > 16 * cache.shape[2]
-    assert (slots == -1).tolist() == [False, True, False] * 3
-    assert scale != ROPE.check_args(rope("fp8"), 9, CPU, torch.Generator().manual_seed(1))[8]
+    *_, slots, cache, _, scale, _, _ = check_args(rope("fp8"), 60)
+    blocks, size, width = cache.shape
+    assert cache.stride(0) > size * cache.stride(1) > size * width
+    assert len(slots) <= 60
+    assert bool((slots[1::3] < 0).all())
+    assert bool((slots[3::6] >= blocks * size).all())
+    assert scale != ROPE.check_args(rope("fp8"), 9, CPU, torch.Generator().manual_seed(1))[9]
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault of a kernel source."""
+    """A fault of a kernel source: the op's own, unless another file is named."""
 
     name: str
     problem: Problem
     old: str
     new: str
     tokens: int = 8
+    file: str = ""
 
 
-AT = "slot / p.block_size * p.cache_block + slot % p.block_size * p.cache_row"
+NORM_ROW = "rms_norm.h"
+AT = "slot / cache.block_size * cache.block + slot % cache.block_size * cache.row"
+LAST = "slot < int64_t(cache.blocks) * cache.block_size"
 MUTATIONS = [
-    Mutation("eps is ignored", norms(), "sum / WIDTH + eps", "sum / WIDTH + 1e-6f"),
-    Mutation("the default eps is hard-coded", norms("fp32"), "sum / WIDTH + eps", "sum / WIDTH + 1e-5f"),
+    Mutation("eps is ignored", norms(), "sum / WIDTH + eps", "sum / WIDTH + 1e-6f", file=NORM_ROW),
+    Mutation("the default eps is hard-coded", norms("fp32"), "/ WIDTH + eps", "/ WIDTH + 1e-5f", file=NORM_ROW),
     Mutation("kv is normed with q's eps", norms(), "p.kv_eps", "p.q_eps"),
     Mutation("kv is read with q's stride", norms(), "p.kv + t * p.kv_stride", "p.kv + t * p.q_stride"),
     Mutation("q's stride is its width", norms(), "t * p.q_stride", "t * Q_WIDTH"),
     Mutation("a bucket of one token forgets the stride", norms(), "t * p.q_stride", "t * Q_WIDTH", 1),
-    Mutation("the cast before the weight is dropped", norms(), "CAST_BEFORE_WEIGHT", "false"),
-    Mutation("the cast is dropped in fp16", norms("fp16", 1536, 512), "CAST_BEFORE_WEIGHT", "false"),
-    Mutation("padded tokens are written", rope(), "if (slot < 0) return;", ""),
-    Mutation("a bucket of one token writes padded ones", rope(), "if (slot < 0) return;", "", 1),
-    Mutation("blocks have 64 rows", rope(), AT, AT.replace("p.block_size", "64")),
-    Mutation("a bucket of one token has blocks of 64 rows", rope(), AT, AT.replace("p.block_size", "64"), 1),
-    Mutation("cache rows are dense", rope(), "p.cache_row", "(LATENT + ROPE)"),
-    Mutation("cache blocks are dense", rope(), "p.cache_block", "(p.block_size * (LATENT + ROPE))"),
+    Mutation("the cast before the weight is dropped", norms(), "(CAST_BEFORE_WEIGHT)", "(false)", file=NORM_ROW),
+    Mutation("the cast is dropped in fp16", norms("fp16", 1536, 512), "(CAST_BEFORE_WEIGHT)", "(false)", file=NORM_ROW),
+    Mutation("padded tokens are written", rope(), "slot >= 0 && ", ""),
+    Mutation("a bucket of one token writes padded ones", rope(), "slot >= 0 && ", "", 1),
+    Mutation("slots beyond the cache are written", rope(), LAST, "true", 40),
+    Mutation("tokens without a slot are written", rope(), "CACHE && t < p.slot_count", "CACHE", 40),
+    Mutation("blocks have 64 rows", rope(), AT, AT.replace("cache.block_size", "64")),
+    Mutation("a bucket of one token has blocks of 64 rows", rope(), AT, AT.replace("cache.block_size", "64"), 1),
+    Mutation("cache rows are dense", rope(), "cache.row;", "(LATENT + ROPE);"),
+    Mutation("cache blocks are dense", rope(), "* cache.block +", "* (cache.block_size * (LATENT + ROPE)) +"),
     Mutation("the cache is dense", rope(), AT, "slot * (LATENT + ROPE)"),
-    Mutation("the scale is that of the examples", rope("fp8"), "/ *scale", "/ 0.37f"),
-    Mutation("the scale is 1", rope("fp8"), "/ *scale", "/ 1.f"),
+    Mutation("k_pe's cache has kv_c's strides", rope("auto_apart"), "row_of(k_pe_cache", "row_of(p.kv_cache"),
+    Mutation("the scale is that of the examples", rope("fp8"), "*p.kv_scale", "0.37f"),
+    Mutation("the scale is 1", rope("fp8"), "*p.kv_scale", "1.f"),
     Mutation("k_pe is read with kv_c's stride", rope(), "t * p.k_pe_token", "t * p.kv_c_token"),
     Mutation("the table is dense", rope(), "* p.table_row", "* ROPE"),
 ]
@@ -113,7 +121,7 @@ def test_a_wrong_kernel_is_caught(
     mutation: Mutation, edit_kernels: Callable[[str, str, str], None], tiny: Effort
 ) -> None:
     op = get_op(mutation.problem.op)
-    edit_kernels(op.kernel_source("cpu").file, mutation.old, mutation.new)
+    edit_kernels(mutation.file or op.kernel_source("cpu").file, mutation.old, mutation.new)
     with pytest.raises(WrongResult, match=r"times the tolerance|was changed"):
         verify(op, mutation.problem, mutation.tokens, kernel(op, mutation.problem, CPU), CPU, tiny)
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 
 from autofuse import errors
 from autofuse.errors import CompileError
-from autofuse.targets import Artifact, KernelSpec, toolchain
+from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
 
 __all__ = ["CompilePool", "compile_pool"]
 
@@ -29,7 +29,7 @@ _SOME = 3  # fewer kernels than this compile faster than a worker process starts
 
 
 class CompilePool:
-    """Compiles kernels for one arch. Use ``compile_pool``, which ends its workers."""
+    """Compiles kernels. Use ``compile_pool``, which ends its workers."""
 
     def __init__(self, kind: str, arch: str, workers: int | None = None) -> None:
         self._kind = kind
@@ -38,44 +38,59 @@ class CompilePool:
         self._local = threading.local()
         self._workers: list[subprocess.Popen[str]] = []
 
-    def submit(self, specs: Iterable[KernelSpec]) -> list[Future[Artifact]]:
-        """Starts compiling; each future gives its artifact or raises CompileError, TargetUnavailable or BadInput."""
+    def submit(self, specs: Iterable[KernelSpec], arch: str | None = None) -> list[Future[Artifact]]:
+        """Starts compiling, for the pool's arch unless told another; each future gives its artifact or raises
+        CompileError, TargetUnavailable or BadInput.
+        """
         specs = list(specs)
-        compile_one = self._in_worker if self._kind == "cuda" and len(specs) >= _SOME else self._here
-        return [self._threads.submit(compile_one, spec) for spec in specs]
+        kind, arch = (self._kind, self._arch) if arch is None else (kind_of_arch(arch), arch)
+        in_worker = kind == "cuda" and (len(specs) >= _SOME or self._workers)
+        compile_one = self._in_worker if in_worker else _here
+        return [self._threads.submit(compile_one, kind, arch, spec) for spec in specs]
 
     def close(self) -> None:
         """Drops what has not begun and ends the workers."""
+        self._threads.shutdown(wait=False, cancel_futures=True)  # or a thread would start another worker
         for worker in self._workers:
             worker.kill()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)
         for worker in self._workers:
+            worker.kill()
             worker.wait()
 
-    def _here(self, spec: KernelSpec) -> Artifact:
-        return toolchain(self._kind).compile(spec, self._arch)
-
-    def _in_worker(self, spec: KernelSpec) -> Artifact:
+    def _in_worker(self, kind: str, arch: str, spec: KernelSpec) -> Artifact:
         worker = getattr(self._local, "worker", None)
         if worker is None or worker.poll() is not None:
-            command = [sys.executable, "-m", "autofuse.tuner.compile_worker", self._kind, self._arch]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            command = [sys.executable, "-m", "autofuse.tuner.compile_worker"]
+            worker = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+            )
             self._local.worker = worker
             self._workers.append(worker)
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps({**asdict(spec), "defines": dict(spec.defines)}) + "\n")
+            worker.stdin.write(json.dumps([kind, arch, {**asdict(spec), "defines": dict(spec.defines)}]) + "\n")
             answer = worker.stdout.readline()
         except OSError:
             answer = ""
         if not answer:
-            raise CompileError(f"the compiler of {spec.source} died (exit code {worker.poll()})")
+            worker.kill()
+            raise CompileError(f"the compiler of {spec.source} died (exit code {worker.wait()})")
         reply = json.loads(answer)
         if error := reply.get("error"):
             raise getattr(errors, error)(reply["message"])
-        artifact = toolchain(self._kind).compile(spec, self._arch)  # in the cache by now
+        artifact = _here(kind, arch, spec)  # in the cache by now
         return Artifact(artifact.path, artifact.resources, reply["seconds"])
+
+
+def _here(kind: str, arch: str, spec: KernelSpec) -> Artifact:
+    return toolchain(kind).compile(spec, arch)
 
 
 @contextmanager

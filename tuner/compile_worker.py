@@ -1,4 +1,4 @@
-"""A worker process of ``compile_ahead``: reads kernel specs as JSON lines, answers each with one JSON line."""
+"""A worker process of ``compile_ahead``: reads [kind, arch, kernel spec] as JSON lines, answers each with one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from autofuse.targets import KernelSpec, toolchain
 __all__ = ["main"]
 
 
-def main(kind: str, arch: str) -> None:
+def main() -> None:
     """Serves until standard input ends."""
     for line in sys.stdin:
+        kind, arch, spec = json.loads(line)
         try:
-            artifact = toolchain(kind).compile(KernelSpec(**json.loads(line)), arch)
+            artifact = toolchain(kind).compile(KernelSpec(**spec), arch)
             answer: dict[str, object] = {"seconds": artifact.seconds}
         except AutofuseError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
@@ -23,4 +24,4 @@ def main(kind: str, arch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

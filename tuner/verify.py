@@ -12,7 +12,7 @@ from autofuse.errors import AutofuseError
 from autofuse.ops import FusedOp, Problem
 from autofuse.tuner.budgets import Effort
 
-__all__ = ["WrongResult", "verify"]
+__all__ = ["WrongResult", "verify", "verify_call"]
 
 _FEW = 3  # tokens: the fewest that show strides, padding and rows of several sizes
 
@@ -48,23 +48,34 @@ def verify(
     for seed in range(effort.verify_seeds):
         generator = torch.Generator(device).manual_seed(1000 + seed)
         for count in sorted({1, _FEW, max(tokens - tokens // 3, 1), tokens}):
-            args = op.check_args(problem, count, device, generator)
-            before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in _with_bases(args)]
-            exact = op.exact(*args)
-            with _poisoned_allocations():
-                first = [*call(*args), *_take_mutated(op, args, before)]
-                second = [*call(*args), *_take_mutated(op, args, before)]
-            where = f"T={count}, seed {seed}"
-            for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
-                if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
-                    raise WrongResult(f"{where}: input {index} was changed")
-            for index, (out, again, right) in enumerate(zip(first, second, exact, strict=True)):
-                error = op.tolerance(problem, index).error(out, right)
-                if not error <= 1.0:
-                    raise WrongResult(f"{where}: result {index} is {error:.3g} times the tolerance from the reference")
-                if not torch.equal(out, again):
-                    raise WrongResult(f"{where}: result {index} differs between two runs on the same inputs")
-                worst = max(worst, error)
+            try:
+                worst = max(worst, verify_call(op, problem, op.check_args(problem, count, device, generator), call))
+            except WrongResult as wrong:
+                raise WrongResult(f"T={count}, seed {seed}: {wrong}") from None
+    return worst
+
+
+def verify_call(op: FusedOp, problem: Problem, args: tuple[Any, ...], call: Callable[..., Any]) -> float:
+    """Runs ``call`` on ``args`` twice. What the op writes into its arguments is put back.
+
+    Returns and raises as ``verify``.
+    """
+    worst = 0.0
+    before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in _with_bases(args)]
+    exact = op.exact(*args)
+    with _poisoned_allocations():
+        first = [*call(*args), *_take_mutated(op, args, before)]
+        second = [*call(*args), *_take_mutated(op, args, before)]
+    for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
+        if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
+            raise WrongResult(f"input {index} was changed")
+    for index, (out, again, right) in enumerate(zip(first, second, exact, strict=True)):
+        error = op.tolerance(problem, index).error(out, right)
+        if not error <= 1.0:
+            raise WrongResult(f"result {index} is {error:.3g} times the tolerance from the reference")
+        if not torch.equal(out, again):
+            raise WrongResult(f"result {index} differs between two runs on the same inputs")
+        worst = max(worst, error)
     return worst
 
 

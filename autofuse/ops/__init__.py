@@ -7,9 +7,13 @@ import difflib
 from autofuse.errors import BadInput
 from autofuse.ops.base import FusedOp, KernelSource, Tolerance
 from autofuse.ops.binding import Binding, LaunchShape
+from autofuse.ops.fp8_group_quant import Fp8GroupQuant
 from autofuse.ops.mla_dual_rms_norm import MlaDualRmsNorm
+from autofuse.ops.mla_dual_rms_norm_quant import MlaDualRmsNormQuant
 from autofuse.ops.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
+from autofuse.ops.mla_v_up_quant import MlaVUpQuant
 from autofuse.ops.problem import Config, Problem
+from autofuse.ops.rope_kv_cache import RopeKvCache
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 
 __all__ = [
@@ -27,7 +31,17 @@ __all__ = [
     "get_op",
 ]
 
-OPS: dict[str, FusedOp] = {op.name: op for op in (MlaDualRmsNorm(), MlaRopeKvCacheCat())}
+OPS: dict[str, FusedOp] = {
+    op.name: op
+    for op in (
+        MlaDualRmsNorm(),
+        MlaRopeKvCacheCat(),
+        Fp8GroupQuant(),
+        MlaDualRmsNormQuant(),
+        RopeKvCache(),
+        MlaVUpQuant(),
+    )
+}
 
 
 def get_op(name: str) -> FusedOp:

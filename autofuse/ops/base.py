@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,14 @@ class Tolerance:
         usual: a tighter relative bound that 99 % of the elements must meet; None asks for nothing. ``relative`` has to
             allow for fp32 arithmetic that lands on the other side of a tie, which is rare. A kernel that leaves out
             one of several roundings stays within that as well, but does so everywhere.
+        usual_absolute: what ``usual`` is added to, if it is less than ``absolute``: where sums of what was rounded
+            nearly cancel, a tie shows as much more than a unit of the result.
     """
 
     relative: float
     absolute: float
     usual: float | None = None
+    usual_absolute: float | None = None
 
     def error(self, out: torch.Tensor, reference: torch.Tensor) -> float:
         """How wrong ``out`` is, right up to 1; infinite for NaN where the reference has none.
@@ -76,7 +80,8 @@ class Tolerance:
             return float("inf")
         if self.usual is None:
             return worst
-        beyond = (difference > self.absolute + self.usual * size).sum().item()
+        absolute = self.absolute if self.usual_absolute is None else self.usual_absolute
+        beyond = (difference > absolute + self.usual * size).sum().item()
         return max(worst, beyond / max(out.numel() * _UNUSUAL, _FEW_UNUSUAL))
 
 
@@ -178,6 +183,12 @@ class FusedOp(ABC):
     def sweep_problems(self) -> Sequence[Problem]:
         """Small problems, ragged ones among them, that together reach every path of the kernels."""
         return ()
+
+    def random_problem(self, source: random.Random) -> Problem:
+        """A random problem for fuzzing, so small that a thousand calls take seconds. One of ``sweep_problems``, unless
+        overridden.
+        """
+        return source.choice(self.sweep_problems())
 
     @property
     def schema_without_plan(self) -> str:

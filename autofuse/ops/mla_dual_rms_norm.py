@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_na
 from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
+from autofuse.ops.rms_norm import rms_norm, rms_norm_exact
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
-__all__ = ["MlaDualRmsNorm"]
+__all__ = ["CPU_SPACE", "GPU_SPACE", "HIP_SPACE", "MlaDualRmsNorm", "cpu_default", "gpu_default", "hip_default"]
 
 _WARP = 32
 _MAX_THREADS = 1024
@@ -60,7 +62,7 @@ def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
     )
 
 
-_GPU_SPACE = SearchSpace(
+GPU_SPACE = SearchSpace(
     (
         Tunable(
             "Q_WARPS", (6, 1, 2, 3, 8), "warps for a q row: lower latency, against a barrier and fewer rows in flight"
@@ -115,16 +117,16 @@ _HIP_FIXED = {
     "PDL": (0, "only NVIDIA has it"),
     "PREFETCH": (0, "only with PDL"),
 }
-_HIP_SPACE = SearchSpace(
+HIP_SPACE = SearchSpace(
     (
-        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
+        *(tunable for tunable in GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
         *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
     ),
-    _GPU_SPACE.constraints,
+    GPU_SPACE.constraints,
 )
 
 
-_CPU_SPACE = SearchSpace(
+CPU_SPACE = SearchSpace(
     (
         *THREADING,
         Tunable("TASK_ROWS", (1, 8), "tokens per task: less overhead, against less even load"),
@@ -145,7 +147,7 @@ _CPU_SPACE = SearchSpace(
 )
 
 
-def _gpu_default(problem: Problem, tokens: int) -> Config:
+def gpu_default(problem: Problem, tokens: int) -> Config:
     row_bytes = [problem.int(name) * _element_bytes(problem) for name in ("q_lora_rank", "kv_lora_rank")]
     vec_bytes = next(size for size in (16, 8, 4) if all(row % size == 0 for row in row_bytes))
     q_vectors, kv_vectors = (row // vec_bytes for row in row_bytes)
@@ -156,9 +158,9 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
     )
 
 
-def _hip_default(problem: Problem, tokens: int) -> Config:
+def hip_default(problem: Problem, tokens: int) -> Config:
     # Half the warps of 32 lanes, twice as wide.
-    config = _gpu_default(problem, tokens)
+    config = gpu_default(problem, tokens)
     q_warps, kv_warps = (
         next(w for w in (3, 2, 1) if w <= max(config[name] // 2, 1)) for name in ("Q_WARPS", "KV_WARPS")
     )
@@ -166,7 +168,7 @@ def _hip_default(problem: Problem, tokens: int) -> Config:
     return Config.of(config, Q_WARPS=q_warps, KV_WARPS=kv_warps, **fixed)
 
 
-def _cpu_default(problem: Problem, tokens: int) -> Config:
+def cpu_default(problem: Problem, tokens: int) -> Config:
     threads = 1 if tokens <= 32 else most_threads(tokens)
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
 
@@ -195,22 +197,22 @@ class MlaDualRmsNorm(FusedOp):
         'bool cast_before_weight, str plan="") -> (Tensor, Tensor)'
     )
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_dual_rms_norm.cu", _GPU_SPACE, _gpu_default),
-        "hip": KernelSource("mla_dual_rms_norm.cu", _HIP_SPACE, _hip_default),
-        "cpu": KernelSource("mla_dual_rms_norm.cpp", _CPU_SPACE, _cpu_default),
+        "cuda": KernelSource("mla_dual_rms_norm.cu", GPU_SPACE, gpu_default),
+        "hip": KernelSource("mla_dual_rms_norm.cu", HIP_SPACE, hip_default),
+        "cpu": KernelSource("mla_dual_rms_norm.cpp", CPU_SPACE, cpu_default),
     }
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q_c, q_weight, kv_c, kv_weight, q_eps, kv_eps, cast_before_weight = args
         return (
-            _rms_norm(q_c, q_weight, q_eps, cast_before_weight),
-            _rms_norm(kv_c, kv_weight, kv_eps, cast_before_weight),
+            rms_norm(q_c, q_weight, q_eps, cast_before_weight),
+            rms_norm(kv_c, kv_weight, kv_eps, cast_before_weight),
         )
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q_c, q_weight, kv_c, kv_weight, q_eps, kv_eps, cast_before_weight = args
         return tuple(
-            _rms_norm_exact(x, weight, eps, cast_before_weight)
+            rms_norm_exact(x, weight, eps, cast_before_weight)
             for x, weight, eps in ((q_c, q_weight, q_eps), (kv_c, kv_weight, kv_eps))
         )
 
@@ -342,6 +344,16 @@ class MlaDualRmsNorm(FusedOp):
             for cast in ((True, False) if dtype != "fp32" else (False,))
         ]
 
+    def random_problem(self, source: random.Random) -> Problem:
+        """Rows of 4 to 257 vectors of 4, 8 or 16 bytes."""
+        dtype, vector = source.choice(list(DTYPES)), source.choice((4, 8, 16, 16))
+        widths = (int(2 ** source.uniform(2, 8.01)) * vector // DTYPES[dtype].itemsize for _ in range(2))
+        return self.make_problem(
+            dtype=dtype,
+            **dict(zip(("q_lora_rank", "kv_lora_rank"), widths, strict=True)),
+            cast_before_weight=source.random() < 0.5,
+        )
+
     def bytes_moved(self, problem: Problem, tokens: int) -> int:
         width = problem.int("q_lora_rank") + problem.int("kv_lora_rank")
         return (2 * tokens + 1) * width * _element_bytes(problem)
@@ -395,19 +407,3 @@ class MlaDualRmsNorm(FusedOp):
         if "VEC_BYTES" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
         return LaunchShape(units_per_block=config["ROWS"] * config["UNROLL"], align=config["VEC_BYTES"])
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_weight: bool) -> torch.Tensor:
-    normed = x.float()
-    normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
-    if cast_before_weight:
-        return (normed.to(x.dtype) * weight).to(x.dtype).contiguous()
-    return (normed * weight.float()).to(x.dtype).contiguous()
-
-
-def _rms_norm_exact(x: torch.Tensor, weight: torch.Tensor, eps: float, cast_before_weight: bool) -> torch.Tensor:
-    wide = x.double()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if cast_before_weight:
-        normed = normed.to(x.dtype).double()
-    return normed * weight.double()

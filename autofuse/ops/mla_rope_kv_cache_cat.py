@@ -1,41 +1,84 @@
-"""mla_rope_kv_cache_cat: RoPE, the write to the paged latent cache, and the query's concatenation, in one launch."""
+"""mla_rope_kv_cache_cat: RoPE, the write to the latent cache, and the query's concatenation, in one launch."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
-from autofuse.ops.binding import ANY, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
+from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
+from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, rotate, scaled_to_fp8
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
 __all__ = ["MlaRopeKvCacheCat"]
 
-_CACHES = ("none", "auto", "fp8")
-_E4M3_MAX = 448.0
-_E4M3_EPSILON = 2.0**-3
-_VALUE_REGISTERS = 96  # 32-bit registers of a thread for units in flight
+
+@dataclass(frozen=True)
+class _CacheKind:
+    """What a problem's ``cache`` stands for.
+
+    Attributes:
+        code: the kernels' constant CACHE.
+        apart: k_pe has a cache of its own.
+    """
+
+    code: int
+    apart: bool = False
+
+
+_CACHES = {
+    "none": _CacheKind(0),
+    "auto": _CacheKind(1),
+    "fp8": _CacheKind(2),
+    "fp8_ds_mla": _CacheKind(3),
+    "auto_apart": _CacheKind(1, apart=True),
+    "fp8_apart": _CacheKind(2, apart=True),
+}
+_QUERIES = ("auto", "fp8")
+_DS_MLA_LATENT, _DS_MLA_ROPE, _DS_MLA_GROUP = 512, 64, 128
+_DS_MLA_SCALES = slice(_DS_MLA_LATENT, _DS_MLA_LATENT + 16)  # bytes of a row
+_DS_MLA_BYTES = _DS_MLA_SCALES.stop + 2 * _DS_MLA_ROPE
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_LOAD_REGISTERS = 64  # 32-bit registers of a thread for units in flight
+_WARP = 32
+_SORTED_TOKENS = 64  # the ordinary CHUNK
 
 
 def _bytes(problem: Problem) -> int:
     return DTYPES[str(problem["dtype"])].itemsize
 
 
+def _kind(problem: Problem) -> _CacheKind:
+    return _CACHES[str(problem["cache"])]
+
+
+def _fp8_query(problem: Problem) -> bool:
+    return dict(problem.params).get("query", "auto") == "fp8"
+
+
 def _units(problem: Problem, size: int) -> int:
-    """Vectors of ``size`` elements that one token writes."""
-    heads = problem.int("heads")
-    copied = heads * problem.int("nope_dim") + (problem.int("latent_dim") if problem["cache"] != "none" else 0)
-    return (copied + (heads + 1) * problem.int("rope_dim")) // size
+    """A token's units of ``size`` elements: see the kernel."""
+    heads, latents = problem.int("heads"), problem.int("latent_dim") if _kind(problem).code else 0
+    rotated = (heads + 1) * problem.int("rope_dim") // (2 if problem.int("neox") else 1)
+    return (heads * problem.int("nope_dim") + latents + rotated) // size
+
+
+def _size(config: Mapping[str, int], problem: Problem) -> int:
+    """Elements of a vector."""
+    return config["VEC_BYTES"] // _bytes(problem)
 
 
 def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
-    size = config["VEC_BYTES"] // _bytes(problem)
+    size = _size(config, problem)
     rotated = problem.int("rope_dim") // (2 if problem.int("neox") else 1)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
     angles = size if problem.int("neox") else size // 2
@@ -46,32 +89,83 @@ def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
     )
 
 
+def _whole_groups(config: Config, problem: Problem, tokens: int) -> bool:
+    if problem["cache"] != "fp8_ds_mla":
+        return True
+    return _DS_MLA_GROUP // _size(config, problem) <= _WARP and config["CHUNK"] % _SORTED_TOKENS == 0
+
+
+def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
+    vector = config["VEC_BYTES"] // 4
+    angles = vector * DTYPES[str(problem["table"])].itemsize // _bytes(problem)
+    unit = 2 * vector + 2 * angles if problem.int("neox") else vector + angles
+    return config["UNROLL"] * unit <= _LOAD_REGISTERS
+
+
 _GPU_SPACE = SearchSpace(
     (
         Tunable("THREADS", (256, 128, 512, 64), "threads per block: fewer blocks, against less even load"),
-        Tunable("UNROLL", (1, 2, 4, 8), "vectors per thread: more loads in flight, against registers and fewer blocks"),
-        Tunable("VEC_BYTES", (16, 8, 4), "bytes per load: fewer instructions, against more alignment"),
+        Tunable("UNROLL", (1, 2, 4, 8), "units per thread: more loads in flight, against registers and fewer blocks"),
+        Tunable("VEC_BYTES", (16, 8, 4, 32), "bytes per vector: fewer instructions, against more alignment"),
+        Tunable(
+            "CHUNK",
+            (_SORTED_TOKENS, 1, 1024),
+            "tokens whose units are sorted by kind: long chains of loads begin first, against rows written whole",
+        ),
         Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others"),
         Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
         Tunable("PREFETCH", (0, 1, 2, 4), "with PDL, blocks per SM that pull their input into L2 while waiting"),
+        Tunable(
+            "GUESS",
+            (0, 1),
+            "blocks that prefetch look at the positions too: the table is loaded one round trip earlier, against a "
+            "load more",
+        ),
     ),
     (
         Constraint("widths, halves that NeoX pairs, and what is read of the table must be whole vectors", _whole_units),
+        Constraint("the groups of fp8_ds_mla lie within a warp, and begin with a chunk", _whole_groups),
         Constraint(
-            f"the vectors in flight must fit {_VALUE_REGISTERS} registers of a thread",
-            lambda c, p, t: 2 * c["UNROLL"] * c["VEC_BYTES"] // 4 <= _VALUE_REGISTERS,
+            "32 bytes are two loads either way: they save stores where the query is fp8",
+            lambda c, p, t: c["VEC_BYTES"] <= 16 or _fp8_query(p),
         ),
+        Constraint(f"the units in flight must fit {_LOAD_REGISTERS} registers of a thread", _fits_registers),
         Constraint(
             "a block that takes more than there is does nothing for the rest",
-            lambda c, p, t: (
-                c["THREADS"] * c["UNROLL"] <= max(2 * t * _units(p, max(c["VEC_BYTES"] // _bytes(p), 1)), 64)
-            ),
+            lambda c, p, t: c["THREADS"] * c["UNROLL"] <= max(2 * t * _units(p, max(_size(c, p), 1)), 64),
+        ),
+        Constraint(
+            "a chunk of more tokens than there are is like a smaller one, and a single token is sorted",
+            lambda c, p, t: c["CHUNK"] == _SORTED_TOKENS or t > min(c["CHUNK"], _SORTED_TOKENS),
+        ),
+        Constraint(
+            "the units of a chunk are counted in 30 bits",
+            lambda c, p, t: c["CHUNK"] * _units(p, max(_size(c, p), 1)) < 1 << 30,
         ),
         Constraint(
             "only a kernel with PDL waits, so only it can prefetch meanwhile",
             lambda c, p, t: c["PDL"] > 0 or c["PREFETCH"] == 0,
         ),
+        Constraint(
+            "only blocks that prefetch look at positions beforehand",
+            lambda c, p, t: c["PREFETCH"] > 0 or c["GUESS"] == 0,
+        ),
     ),
+)
+
+# What AMD has no choice in: warps of 64 lanes, and nothing like programmatic dependent launch.
+_HIP_FIXED = {
+    "WARP_SIZE": (64, "lanes of a warp"),
+    "PDL": (0, "only NVIDIA has it"),
+    "PREFETCH": (0, "only with PDL"),
+    "GUESS": (0, "only with PDL"),
+}
+_HIP_SPACE = SearchSpace(
+    (
+        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
+        *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
+    ),
+    _GPU_SPACE.constraints,
 )
 
 _CPU_SPACE = SearchSpace(
@@ -84,11 +178,16 @@ _CPU_SPACE = SearchSpace(
 
 
 def _gpu_default(problem: Problem, tokens: int) -> Config:
-    config = Config.of(THREADS=256, UNROLL=1, READ_ONCE=0, PDL=0, PREFETCH=0)
+    config = Config.of(THREADS=256, UNROLL=1, CHUNK=_SORTED_TOKENS, READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
     for size in (16, 8, 4):
-        if _whole_units(chosen := Config.of(config, VEC_BYTES=size), problem, tokens):
+        chosen = Config.of(config, VEC_BYTES=size)
+        if _whole_units(chosen, problem, tokens) and _whole_groups(chosen, problem, tokens):
             return chosen
     raise UnsupportedCall(f"{problem}: its widths are no whole number of 4-byte vectors")
+
+
+def _hip_default(problem: Problem, tokens: int) -> Config:
+    return Config.of(_gpu_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:
@@ -96,24 +195,34 @@ def _cpu_default(problem: Problem, tokens: int) -> Config:
 
 
 class MlaRopeKvCacheCat(FusedOp):
-    """Rotates q_pe and k_pe, writes (kv_c, rotated k_pe) into the paged latent cache, and returns the query whole.
+    """Rotates q_pe and k_pe, writes (kv_c, rotated k_pe) into the latent cache, and returns the query whole.
 
-    RoPE (Su et al. 2021, "RoFormer") in fp32, rounded once. The cache's layout and scale are vLLM's: a row is kv_c,
-    then k_pe; fp8 stores the rounded value ÷ ``kv_scale``. Kernels do not check that positions and slots are in range.
+    RoPE (Su et al. 2021, "RoFormer") in fp32, rounded once. Layouts of the cache and scales are vLLM's
+    (``concat_and_cache_mla``): fp8 stores the rounded value ÷ scale, saturated. T is the number of positions: buffers
+    of activations may be longer, as they are where CUDA graphs pad a batch; their rows from T on are not read. Kernels
+    do not check that positions are in the table.
 
     Arguments:
-        q_nope: [T, H, nope_dim], or None: the query returned is the rotated q_pe alone.
-        q_pe: [T, H, rope_dim], bf16, fp16 or fp32, as all activations; strided any way but in the last dimension.
-        kv_c: [T, latent_dim].
-        k_pe: [T, rope_dim].
+        q_nope: [≥ T, H, nope_dim], or None: the query returned is the rotated q_pe alone.
+        q_pe: [≥ T, H, rope_dim], bf16, fp16 or fp32, as all activations; strided any way but in the last dimension.
+        kv_c: [≥ T, latent_dim].
+        k_pe: [≥ T, rope_dim].
         positions: [T], int64, rows of cos_sin_cache.
         cos_sin_cache: [positions, rope_dim], a row holding rope_dim/2 cosines, then as many sines; q_pe's dtype or
             fp32. Plain and DeepSeek-scaled (YaRN) RoPE differ only in this table.
-        slot_mapping: [T], int64: block · block_size + row for each token; negative for a padded one, whose cache row
-            is not written (all else is computed for it). None: nothing is written.
-        kv_cache: [blocks, block_size, latent_dim + rope_dim], written in place; q_pe's dtype, or float8_e4m3fn. None or
-            without rows: nothing is written, as before a model has its cache.
-        kv_scale: one fp32 value on the same device; for fp8 only.
+        slot_mapping: int64: block · block_size + row for each token. A token is padded, and writes no cache row (all
+            else is computed for it), whose slot is negative or beyond the cache, or who has none because slot_mapping
+            is shorter than T. None: nothing is written.
+        kv_cache: written in place. None or without rows: nothing is written, as before a model has its cache. One of
+            [blocks, block_size, latent_dim + rope_dim], a row holding kv_c, then k_pe; q_pe's dtype, or float8_e4m3fn;
+            [blocks, block_size, latent_dim], as above, where there is a k_pe_cache;
+            [blocks, block_size, 656], uint8, "fp8_ds_mla" (latent_dim 512, rope_dim 64, bf16 or fp16): 512 fp8 values
+            of kv_c, four fp32 scales, max(amax ÷ 448, the smallest normal number) of 128 values each, and 64 elements
+            of k_pe in q_pe's dtype.
+        k_pe_cache: [blocks, block_size, rope_dim], written in place, kv_cache's dtype: two contiguous caches
+            [batch, positions, width] are these with slot = batch index · positions + position.
+        kv_scale: one fp32 value on the same device; for a float8_e4m3fn cache only.
+        q_scale: one fp32 value on the same device: the query is returned as float8_e4m3fn, the rounded value ÷ q_scale.
         is_neox: True pairs element i with i + rope_dim/2 (NeoX), False even with odd neighbours (GPT-J).
 
     Returns: the query [T, H, nope_dim + rope_dim], and rotated k_pe [T, rope_dim], both contiguous.
@@ -122,75 +231,89 @@ class MlaRopeKvCacheCat(FusedOp):
     name = "mla_rope_kv_cache_cat"
     schema = (
         "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
-        "Tensor? slot_mapping, Tensor(a!)? kv_cache, Tensor? kv_scale, bool is_neox, "
-        'str plan="") -> (Tensor, Tensor)'
+        "Tensor? slot_mapping, Tensor(a!)? kv_cache, Tensor(b!)? k_pe_cache, Tensor? kv_scale, Tensor? q_scale, "
+        'bool is_neox, str plan="") -> (Tensor, Tensor)'
     )
-    mutates = (7,)
+    mutates = (7, 8)
     shared = (4, 5, 6)
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
         "cuda": KernelSource("mla_rope_kv_cache_cat.cu", _GPU_SPACE, _gpu_default),
+        "hip": KernelSource("mla_rope_kv_cache_cat.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("mla_rope_kv_cache_cat.cpp", _CPU_SPACE, _cpu_default),
     }
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, scale, is_neox = args
-        q, k_pe = _rotated(q_nope, q_pe, k_pe, positions, table, is_neox)
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
+        q, kv_c, k_pe = _rotated(is_neox, *inputs)
         if _writes(slots, cache):
-            kept = slots >= 0
-            _write(cache, slots[kept], kv_c[kept], k_pe[kept], scale)
-        return q, k_pe
+            tokens, kept = _kept(slots, cache, len(k_pe))
+            _write(cache, k_pe_cache, kept, kv_c[tokens], k_pe[tokens], kv_scale)
+        return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def unfused(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, scale, is_neox = args
-        q, k_pe = _rotated(q_nope, q_pe, k_pe, positions, table, is_neox)
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
+        q, kv_c, k_pe = _rotated(is_neox, *inputs)
         if _writes(slots, cache):
-            _write(cache, slots, kv_c, k_pe, scale)
-        return q, k_pe
+            _write(cache, k_pe_cache, slots, kv_c, k_pe, kv_scale)
+        return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, scale, is_neox = args
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
+        tokens, dtype = len(positions), q_pe.dtype
         cos, sin = table.double()[positions].chunk(2, dim=-1)
-        q = _rotate(q_pe.double(), cos[:, None], sin[:, None], is_neox)
-        q = q if q_nope is None else torch.cat([q_nope.double(), q], dim=-1)
-        k_pe = _rotate(k_pe.double(), cos, sin, is_neox)
+        q = rotate(q_pe[:tokens].double(), cos[:, None], sin[:, None], is_neox)
+        q = q if q_nope is None else torch.cat([q_nope[:tokens].double(), q], dim=-1)
+        if q_scale is not None:
+            q = _quotient(q.to(dtype), q_scale)
+        k_pe = rotate(k_pe[:tokens].double(), cos, sin, is_neox)
         if cache is None:
             return q, k_pe
-        expected = cache.double()
+        caches = [cache, *([] if k_pe_cache is None else [k_pe_cache])]
+        expected = [each.clone() if each.dtype == torch.uint8 else each.double() for each in caches]
         if _writes(slots, cache):
-            kept = slots >= 0
+            kept, slots = _kept(slots, cache, tokens)
             # What the cache holds was rounded to the activations' dtype first.
-            rows = torch.cat([kv_c.double(), k_pe.to(q_pe.dtype).double()], dim=-1)[kept]
-            if cache.dtype != q_pe.dtype:
-                rows = (rows / scale.double()).clamp(-_E4M3_MAX, _E4M3_MAX)
-            size = cache.shape[1]
-            expected[slots[kept] // size, slots[kept] % size] = rows
-        return q, k_pe, expected
+            parts = [kv_c[:tokens][kept].double(), k_pe[kept].to(dtype).double()]
+            if cache.dtype == torch.uint8:
+                parts = [_packed(parts[0], parts[1].to(dtype))]
+            elif cache.dtype != dtype:
+                parts = [_quotient(part, kv_scale) for part in parts]
+            for each, rows in zip(expected, parts if k_pe_cache is not None else [torch.cat(parts, -1)], strict=True):
+                each[slots // each.shape[1], slots % each.shape[1]] = rows
+        return q, k_pe, *expected
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, _, k_pe, *_ = args
-        tokens, heads, rope_dim = q_pe.shape
+        with suppress(UnsupportedCall):  # which the reference computes
+            self.problem_of(*args)
+        q_nope, q_pe, _, k_pe, positions, *_, q_scale, _ = args
+        tokens, heads, rope_dim = positions.shape[0], q_pe.shape[1], q_pe.shape[2]
         width = rope_dim + (0 if q_nope is None else q_nope.shape[2])
-        return q_pe.new_empty((tokens, heads, width)), k_pe.new_empty((tokens, rope_dim))
+        dtype = q_pe.dtype if q_scale is None else torch.float8_e4m3fn
+        return q_pe.new_empty((tokens, heads, width), dtype=dtype), k_pe.new_empty((tokens, rope_dim))
 
     def tolerance(self, problem: Problem, result: int = 0) -> Tolerance:
-        # Results are rounded once; a cached value a second time, to fp8, where one unit in the last place of the first
-        # rounding may land on the other side of a tie. Differences of products cancel: their error is absolute. Ties
-        # are rare, and ``exact`` rounds to the activations' dtype what the cache holds: usually only the last rounding
-        # is seen, half a unit at most, and 1 % of that for fp32 arithmetic.
+        # Results are rounded once; a cached value and an fp8 query a second time, to fp8, where one unit in the last
+        # place of the first rounding may land on the other side of a tie. Differences of products cancel: their error
+        # is absolute. Ties are rare, and ``exact`` rounds to the activations' dtype what is divided by a scale: usually
+        # only the last rounding is seen, half a unit at most, and 1 % of that for fp32 arithmetic.
         epsilon = torch.finfo(DTYPES[str(problem["dtype"])]).eps
         relative = 8 * epsilon if problem["dtype"] == "fp32" else epsilon
-        if result == 2 and problem["cache"] == "fp8":
-            return Tolerance(relative=_E4M3_EPSILON, absolute=2.0**-9, usual=0.505 * _E4M3_EPSILON)
         usual = None if problem["dtype"] == "fp32" else 0.505 * epsilon
-        return Tolerance(relative=relative, absolute=8 * torch.finfo(torch.float32).eps + 1e-6, usual=usual)
+        rounded_once = Tolerance(relative=relative, absolute=8 * torch.finfo(torch.float32).eps + 1e-6, usual=usual)
+        if result >= 2 and problem["cache"] == "fp8_ds_mla":
+            return _PackedTolerance(relative, rounded_once.absolute, usual, dtype=str(problem["dtype"]))
+        if (result == 0 and _fp8_query(problem)) or (result >= 2 and _kind(problem).code == 2):
+            return Tolerance(relative=E4M3_EPSILON, absolute=E4M3_SMALLEST, usual=0.505 * E4M3_EPSILON)
+        return rounded_once
 
     # ---- problem ----------------------------------------------------------------------------------------------------
 
     def make_problem(self, **params: Any) -> Problem:
         """The problem with ``dtype``, ``heads``, ``nope_dim`` (0: no q_nope), ``rope_dim``, ``latent_dim``, ``neox``,
-        ``table`` (dtype of cos_sin_cache) and ``cache`` (``none``, ``auto``, ``fp8``).
+        ``table`` (dtype of cos_sin_cache), ``cache`` (``none``, ``auto``, ``fp8``, ``fp8_ds_mla``, and, with a cache of
+        its own for k_pe, ``auto_apart``, ``fp8_apart``) and ``query`` (``auto``, ``fp8``; left out: ``auto``).
         """
         names = {
             name: params[name] if isinstance(params[name], str) else dtype_name(params[name])
@@ -201,8 +324,10 @@ class MlaRopeKvCacheCat(FusedOp):
                 raise UnsupportedCall(f"{self.name}: {name} {value!r} is none of {', '.join(DTYPES)}")
         if names["table"] not in (names["dtype"], "fp32"):
             raise UnsupportedCall(f"{self.name}: cos_sin_cache is {names['table']}, neither {names['dtype']} nor fp32")
-        if params["cache"] not in _CACHES:
-            raise UnsupportedCall(f"{self.name}: cache {params['cache']!r} is none of {', '.join(_CACHES)}")
+        query = params.get("query", "auto")
+        for name, value, known in (("cache", params["cache"], tuple(_CACHES)), ("query", query, _QUERIES)):
+            if value not in known:
+                raise UnsupportedCall(f"{self.name}: {name} {value!r} is none of {', '.join(known)}")
         widths = {name: int(params[name]) for name in ("heads", "nope_dim", "rope_dim", "latent_dim")}
         problem = Problem(
             self.name,
@@ -212,10 +337,15 @@ class MlaRopeKvCacheCat(FusedOp):
                 ("neox", int(bool(params["neox"]))),
                 ("table", names["table"]),
                 ("cache", params["cache"]),
+                *((("query", query),) if query != "auto" else ()),
             ),
         )
         if min(widths["heads"], widths["rope_dim"], widths["latent_dim"]) < 1 or widths["rope_dim"] % 2:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim even")
+        if problem["cache"] == "fp8_ds_mla" and (
+            (widths["latent_dim"], widths["rope_dim"]) != (_DS_MLA_LATENT, _DS_MLA_ROPE) or _bytes(problem) != 2
+        ):
+            raise UnsupportedCall(f"{problem}: fp8_ds_mla is for bf16 or fp16, latent_dim 512 and rope_dim 64")
         _gpu_default(problem, 1)  # raises where not even the narrowest vectors fit
         return problem
 
@@ -236,56 +366,92 @@ class MlaRopeKvCacheCat(FusedOp):
         ]
 
     def problem_of(self, *args: Any) -> Problem:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, scale, is_neox = args
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
         if q_pe.dim() != 3 or kv_c.dim() != 2 or k_pe.dim() != 2 or positions.dim() != 1 or table.dim() != 2:
             raise BadInput(
                 f"{self.name}: q_pe {list(q_pe.shape)}, kv_c {list(kv_c.shape)}, k_pe {list(k_pe.shape)}, positions "
                 f"{list(positions.shape)}, cos_sin_cache {list(table.shape)} are not "
                 "[T, H, R], [T, L], [T, R], [T], [P, R]"
             )
-        tokens, heads, rope_dim = q_pe.shape
-        if q_nope is not None and (q_nope.dim() != 3 or q_nope.shape[:2] != q_pe.shape[:2]):
-            raise BadInput(f"{self.name}: q_nope {list(q_nope.shape)} is not [T, H, N] as q_pe {list(q_pe.shape)}")
-        rows = {"kv_c": kv_c, "k_pe": k_pe, "positions": positions}
-        if slots is not None:
-            rows["slot_mapping"] = slots
-        for name, tensor in rows.items():
-            if tensor.shape[0] != tokens:
-                raise BadInput(f"{self.name}: {name} has {tensor.shape[0]} rows, q_pe {tokens}")
+        tokens, heads, rope_dim, latent_dim = positions.shape[0], q_pe.shape[1], q_pe.shape[2], kv_c.shape[1]
+        activations = {"q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe}
+        if q_nope is not None:
+            if q_nope.dim() != 3 or q_nope.shape[1] != heads:
+                raise BadInput(f"{self.name}: q_nope {list(q_nope.shape)} is not [T, H, N] as q_pe {list(q_pe.shape)}")
+            activations["q_nope"] = q_nope
+        for name, tensor in activations.items():
+            if tensor.shape[0] < tokens:
+                raise BadInput(f"{self.name}: {name} has {tensor.shape[0]} rows, positions {tokens}")
         if k_pe.shape[1] != rope_dim or table.shape[1] != rope_dim:
             raise BadInput(
                 f"{self.name}: rows of q_pe, k_pe and cos_sin_cache have {rope_dim}, {k_pe.shape[1]} and "
                 f"{table.shape[1]} elements, which must be one number"
             )
-        if positions.dtype != torch.int64 or (slots is not None and slots.dtype != torch.int64):
-            raise BadInput(f"{self.name}: positions and slot_mapping must be int64")
-        activations = {tensor.dtype for tensor in (q_pe, kv_c, k_pe, *([] if q_nope is None else [q_nope]))}
-        if len(activations) > 1:
-            raise UnsupportedCall(f"{self.name}: q_nope, q_pe, kv_c and k_pe are not all of one dtype")
-        tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
-        if len({tensor.device for tensor in tensors}) > 1:
+        if positions.dtype != torch.int64:
+            raise BadInput(f"{self.name}: positions must be int64, not {positions.dtype}")
+        if slots is not None and (slots.dtype != torch.int64 or slots.dim() != 1):
+            raise BadInput(f"{self.name}: slot_mapping must be int64, [T], not {slots.dtype}, {list(slots.shape)}")
+        if len({tensor.device for tensor in args if isinstance(tensor, torch.Tensor)}) > 1:
             raise BadInput(f"{self.name}: its tensors are on different devices")
+        for name, scale in (("kv_scale", kv_scale), ("q_scale", q_scale)):
+            if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
+                raise BadInput(f"{self.name}: {name} must be one fp32 value, not {scale.dtype}, {list(scale.shape)}")
+        rows = {**activations, "cos_sin_cache": table, "positions": positions, "slot_mapping": slots}
         kind = "none"
         if _writes(slots, cache):
-            if cache.dim() != 3 or cache.shape[2] != kv_c.shape[1] + rope_dim:
-                raise BadInput(
-                    f"{self.name}: kv_cache {list(cache.shape)} is not [blocks, block_size, {kv_c.shape[1] + rope_dim}]"
-                )
-            if cache.dtype not in (q_pe.dtype, torch.float8_e4m3fn):
-                raise UnsupportedCall(f"{self.name}: kv_cache is {cache.dtype}, neither {q_pe.dtype} nor float8_e4m3fn")
-            kind = "auto" if cache.dtype == q_pe.dtype else "fp8"
-            if kind == "fp8" and (scale is None or scale.numel() != 1 or scale.dtype != torch.float32):
-                raise BadInput(f"{self.name}: an fp8 kv_cache needs kv_scale, one fp32 value")
+            kind = self._cache_kind(q_pe.dtype, latent_dim, rope_dim, cache, k_pe_cache, kv_scale)
+            rows |= {"kv_cache": cache, "k_pe_cache": k_pe_cache}
+        for name, tensor in rows.items():
+            if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                raise BadInput(f"{self.name}: {name}'s last dimension is not contiguous")
+        if len({tensor.dtype for tensor in activations.values()}) > 1:
+            raise UnsupportedCall(f"{self.name}: q_nope, q_pe, kv_c and k_pe are not all of one dtype")
         return self.make_problem(
             dtype=q_pe.dtype,
             heads=heads,
             nope_dim=0 if q_nope is None else q_nope.shape[2],
             rope_dim=rope_dim,
-            latent_dim=kv_c.shape[1],
+            latent_dim=latent_dim,
             neox=is_neox,
             table=table.dtype,
             cache=kind,
+            query="auto" if q_scale is None else "fp8",
         )
+
+    def _cache_kind(
+        self,
+        dtype: torch.dtype,
+        latent_dim: int,
+        rope_dim: int,
+        cache: torch.Tensor,
+        k_pe_cache: torch.Tensor | None,
+        kv_scale: torch.Tensor | None,
+    ) -> str:
+        """The problem's ``cache`` of a call that writes one."""
+        packed = cache.dtype == torch.uint8
+        if packed and (k_pe_cache is not None or (latent_dim, rope_dim) != (_DS_MLA_LATENT, _DS_MLA_ROPE)):
+            raise BadInput(
+                f"{self.name}: a kv_cache of uint8 is fp8_ds_mla, whose rows hold a latent of 512 and a k_pe of 64 "
+                "elements, and needs no k_pe_cache"
+            )
+        width = _DS_MLA_BYTES if packed else latent_dim + (rope_dim if k_pe_cache is None else 0)
+        if cache.dim() != 3 or cache.shape[2] != width:
+            raise BadInput(f"{self.name}: kv_cache {list(cache.shape)} is not [blocks, block_size, {width}]")
+        if packed:
+            return "fp8_ds_mla"
+        if k_pe_cache is not None and (
+            tuple(k_pe_cache.shape) != (*cache.shape[:2], rope_dim) or k_pe_cache.dtype != cache.dtype
+        ):
+            raise BadInput(
+                f"{self.name}: k_pe_cache {list(k_pe_cache.shape)} of {k_pe_cache.dtype} is not "
+                f"{[*cache.shape[:2], rope_dim]} of {cache.dtype}, as kv_cache"
+            )
+        if cache.dtype not in (dtype, torch.float8_e4m3fn):
+            raise UnsupportedCall(f"{self.name}: kv_cache is {cache.dtype}, neither {dtype} nor float8_e4m3fn")
+        kind = "auto" if cache.dtype == dtype else "fp8"
+        if kind == "fp8" and kv_scale is None:
+            raise BadInput(f"{self.name}: an fp8 kv_cache needs kv_scale, one fp32 value")
+        return kind if k_pe_cache is None else f"{kind}_apart"
 
     def example_args(
         self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
@@ -302,13 +468,13 @@ class MlaRopeKvCacheCat(FusedOp):
         query, latents = random(tokens, heads, 128 + rope), random(tokens, latent + rope)
         angles = torch.rand(4096, rope // 2, device=device, generator=generator) * 6.28
         table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(DTYPES[str(problem["table"])])
-        cache = scale = slots = None
-        if problem["cache"] != "none":
+        slots: torch.Tensor | None = None
+        caches: list[torch.Tensor | None] = [None, None]
+        if _kind(problem).code:
             blocks = -(-tokens // 64) + 1
             slots = torch.randperm(blocks * 64, device=device, generator=generator)[:tokens]
-            cache = random(blocks, 64, latent + rope)
-            if problem["cache"] == "fp8":
-                cache, scale = cache.to(torch.float8_e4m3fn), torch.full((1,), 0.37, device=device)
+            caches = _caches(problem, random(blocks, 64, latent + rope))
+        scaled, fp8 = _kind(problem).code == 2, _fp8_query(problem)
         return (
             random(heads, tokens, nope).transpose(0, 1) if nope else None,
             query[:, :, 128:],
@@ -317,74 +483,118 @@ class MlaRopeKvCacheCat(FusedOp):
             torch.randint(0, 4096, (tokens,), device=device, generator=generator),
             table,
             slots,
-            cache,
-            scale,
+            *caches,
+            torch.full((1,), 0.37, device=device) if scaled else None,
+            torch.full((1,), 0.29, device=device) if fp8 else None,
             bool(problem["neox"]),
         )
 
     def check_args(
         self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
     ) -> tuple[Any, ...]:
-        """Every third token is padded, the first is not. The cache has blocks of 16 rows, its rows and blocks lie apart
-        (by at least a block's worth of rows from the beginning of its memory), and its scale is random. Rows of the
-        table, of kv_c and of k_pe lie apart, each in its own way.
+        """Every third token is padded, the first is not; of the others, some have slots beyond the cache, and the last
+        ones none at all. Buffers are up to two rows longer than T. The cache has blocks of 5 to 18 rows, its rows and
+        blocks lie apart (by at least a block's worth of rows from the beginning and the end of its memory), and scales
+        are random. Rows of the table and of all activations lie apart, each in its own way. Values of a row are of its
+        own size, and some rows are zero.
         """
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, scale, neox = self.example_args(
-            problem, tokens, device, generator
-        )
-        if cache is not None:
-            blocks, rows, width = -(-tokens // 16) + 2, 16, cache.shape[2]
+        dtype, table_dtype = (DTYPES[str(problem[name])] for name in ("dtype", "table"))
+        heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
+        seeds = torch.randint(0, 1 << 30, (16,), device=device, generator=generator).tolist()
+
+        def activation(number: int, apart: int, *shape: int) -> torch.Tensor:
+            rows = tokens + seeds[number] % 3
+            sizes = 10 ** (2 * torch.rand(rows, *(1 for _ in shape), device=device, generator=generator) - 1)
+            sizes[1::4] = 0
+            values = sizes * torch.randn(rows, *shape, device=device, generator=generator)
+            return rows_apart(values.to(dtype).flatten(0, -2), apart).unflatten(0, (rows, *shape[:-1]))
+
+        angles = torch.rand(37, rope // 2, device=device, generator=generator) * 6.28
+        table = rows_apart(torch.cat([angles.cos(), angles.sin()], dim=-1).to(table_dtype), 1)
+        slots: torch.Tensor | None = None
+        caches: list[torch.Tensor | None] = [None, None]
+        if _kind(problem).code:
+            size = 5 + seeds[4] % 14
+            blocks = -(-tokens // size) + 2
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
-            slots = rows + torch.randperm((blocks - 1) * rows, device=device, generator=generator)[:tokens]
-            slots[1::3] = -1
-            values = torch.randn((blocks + 1) * (rows + 3), width, device=device, generator=generator)
-            wide = rows_apart(values.to(cache.dtype), 1).unflatten(0, (blocks + 1, rows + 3))
-            cache = wide[1:, 2 : 2 + rows]  # a row before the first is still this tensor's memory
-            if scale is not None:
-                scale = 0.05 + torch.rand(1, device=device, generator=generator)
+            slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)[: max(tokens, 1)]
+            slots[1::3] = -1 - seeds[5] % size
+            slots[3::6] = blocks * size + seeds[6] % size
+            slots = slots[: max(tokens - seeds[7] % (tokens // 2 + 1), 1)]
+            values = torch.randn((blocks + 2) * (size + 3), latent + rope, device=device, generator=generator)
+            for number, content in enumerate(_caches(problem, values.to(dtype))):
+                if content is not None:
+                    wide = rows_apart(content, 1 + number).unflatten(0, (blocks + 2, size + 3))
+                    caches[number] = wide[1:-1, 2 : 2 + size]  # around it there still is this tensor's memory
+        scales = 0.05 + torch.rand(2, 1, device=device, generator=generator)
         return (
-            q_nope,
-            q_pe,
-            rows_apart(kv_c, 2),
-            rows_apart(k_pe, 1),
-            positions,
-            rows_apart(table, 1),
+            activation(0, 1, heads, nope) if nope else None,
+            activation(1, 2, heads, rope),
+            activation(2, 2, latent),
+            activation(3, 1, rope),
+            torch.randint(0, 37, (tokens,), device=device, generator=generator),
+            table,
             slots,
-            cache,
-            scale,
-            neox,
+            *caches,
+            scales[0] if _kind(problem).code == 2 else None,
+            scales[1] if _fp8_query(problem) else None,
+            bool(problem["neox"]),
         )
 
     def sweep_problems(self) -> Sequence[Problem]:
-        shapes = (
-            {"heads": 16, "nope_dim": 512, "rope_dim": 64, "latent_dim": 512},
-            {"heads": 3, "nope_dim": 0, "rope_dim": 32, "latent_dim": 64},
-            {"heads": 1, "nope_dim": 24, "rope_dim": 8, "latent_dim": 40},
-        )
-        variants = [
-            ("bf16", "bf16", "auto", 1),
-            ("bf16", "fp32", "auto", 0),
-            ("fp16", "fp16", "fp8", 1),
-            ("bf16", "bf16", "fp8", 0),
-            ("fp32", "fp32", "none", 0),
-            ("fp32", "fp32", "auto", 1),
+        deepseek = {"heads": 5, "nope_dim": 512, "rope_dim": 64, "latent_dim": 512}
+        few = {"heads": 2, "nope_dim": 0, "rope_dim": 64, "latent_dim": 512}
+        bare = {"heads": 3, "nope_dim": 0, "rope_dim": 32, "latent_dim": 64}
+        odd = {"heads": 3, "nope_dim": 96, "rope_dim": 32, "latent_dim": 64}
+        small = {"heads": 1, "nope_dim": 24, "rope_dim": 8, "latent_dim": 40}
+        narrow = {"heads": 2, "nope_dim": 6, "rope_dim": 4, "latent_dim": 10}
+        variants: list[tuple[dict[str, int], str, str, str, int, str]] = [
+            (deepseek, "bf16", "bf16", "auto", 0, "auto"),
+            (deepseek, "bf16", "fp32", "fp8_ds_mla", 1, "fp8"),
+            (few, "fp16", "fp16", "fp8_ds_mla", 0, "auto"),
+            (odd, "fp16", "fp16", "fp8", 1, "auto"),
+            (odd, "bf16", "fp32", "fp8_apart", 0, "fp8"),
+            (small, "bf16", "bf16", "auto_apart", 1, "auto"),
+            (narrow, "bf16", "fp32", "fp8", 0, "fp8"),
+            (bare, "fp32", "fp32", "none", 0, "auto"),
+            (small, "fp32", "fp32", "auto", 1, "fp8"),
         ]
         return [
-            self.make_problem(dtype=dtype, table=table, cache=cache, neox=neox, **shape)
-            for shape in shapes
-            for dtype, table, cache, neox in variants
+            self.make_problem(dtype=dtype, table=table, cache=cache, neox=neox, query=query, **shape)
+            for shape, dtype, table, cache, neox, query in variants
         ]
 
+    def random_problem(self, source: random.Random) -> Problem:
+        """1 to 128 heads, as often few as many; widths that fit wide vectors, or only narrow ones."""
+        cache = source.choice(list(_CACHES))
+        dtype = source.choice(["bf16", "fp16"] if cache == "fp8_ds_mla" else list(DTYPES))
+        heads, step = int(2 ** source.uniform(0, 7.01)), source.choice([2, 4, 8, 16])
+        most = 1024 // heads + 1  # words of a head
+        rope, latent = source.randint(1, min(most, 32)) * 2 * step, source.randint(1, 32) * step
+        if cache == "fp8_ds_mla":
+            rope, latent, step = _DS_MLA_ROPE, _DS_MLA_LATENT, max(step, 4)
+        return self.make_problem(
+            dtype=dtype,
+            heads=heads,
+            nope_dim=source.choice([0, source.randint(1, most) * step]),
+            rope_dim=rope,
+            latent_dim=latent,
+            neox=source.random() < 0.5,
+            # A pair of two bf16 elements has one cosine, less than a word.
+            table=dtype if step > 2 and source.random() < 0.5 else "fp32",
+            cache=cache,
+            query=source.choice(_QUERIES),
+        )
+
     def bytes_moved(self, problem: Problem, tokens: int) -> int:
-        size, heads = _bytes(problem), problem.int("heads")
+        size, heads, kind = _bytes(problem), problem.int("heads"), _kind(problem)
         rope, latent, nope = problem.int("rope_dim"), problem.int("latent_dim"), problem.int("nope_dim")
-        query = heads * (nope + rope) * size
-        table = rope * DTYPES[str(problem["table"])].itemsize
-        read = query + rope * size + table + 8
-        written = query + rope * size
-        if problem["cache"] != "none":
+        query = heads * (nope + rope)
+        read = (query + rope) * size + rope * DTYPES[str(problem["table"])].itemsize + 8
+        written = query * (1 if _fp8_query(problem) else size) + rope * size
+        if kind.code:
             read += latent * size + 8
-            written += (latent + rope) * (size if problem["cache"] == "auto" else 1)
+            written += {1: (latent + rope) * size, 2: latent + rope, 3: _DS_MLA_BYTES}[kind.code]
         return tokens * (read + written)
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
@@ -401,7 +611,9 @@ class MlaRopeKvCacheCat(FusedOp):
                 "ROPE": problem.int("rope_dim"),
                 "LATENT": problem.int("latent_dim"),
                 "NEOX": problem.int("neox"),
-                "CACHE": _CACHES.index(str(problem["cache"])),
+                "CACHE": _kind(problem).code,
+                "APART": int(_kind(problem).apart),
+                "Q_FP8": int(_fp8_query(problem)),
                 **config,
             },
             params_format=self.binding(problem).params_format,
@@ -412,98 +624,180 @@ class MlaRopeKvCacheCat(FusedOp):
     def binding(self, problem: Problem) -> Binding:
         dtype, table = DTYPES[str(problem["dtype"])], DTYPES[str(problem["table"])]
         heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
-        pointer, stride, nothing = FieldKind.POINTER, FieldKind.STRIDE, Field(FieldKind.NOTHING)
-        writes, fp8 = problem["cache"] != "none", problem["cache"] == "fp8"
+        cache, fp8_query = _kind(problem), _fp8_query(problem)
+        pointer, stride = FieldKind.POINTER, FieldKind.STRIDE
+        # An integer that the kernel does not read is some other one.
+        no_pointer, no_size = Field(FieldKind.NOTHING), Field(FieldKind.TOKENS)
+
+        def paged(index: int, present: bool) -> tuple[Field, ...]:
+            if not present:
+                return no_pointer, no_pointer, no_pointer, no_size, no_size
+            sizes = Field(FieldKind.SIZE, index, 0), Field(FieldKind.SIZE, index, 1)
+            return Field(pointer, index), Field(stride, index, 0), Field(stride, index, 1), *sizes
+
         tensors = [
-            TensorArg(1, dtype, (None, heads, rope)),
-            TensorArg(2, dtype, (None, latent)),
-            TensorArg(3, dtype, (None, rope)),
             TensorArg(4, torch.int64, (None,), align=1),
+            TensorArg(1, dtype, (ROWS, heads, rope)),
+            TensorArg(2, dtype, (ROWS, latent)),
+            TensorArg(3, dtype, (ROWS, rope)),
             TensorArg(5, table, (ANY, rope)),
         ]
-        tensors += [TensorArg(0, dtype, (None, heads, nope))] if nope else []
-        if writes:
-            tensors.append(TensorArg(6, torch.int64, (None,), align=1))
-            tensors.append(
-                TensorArg(7, torch.float8_e4m3fn if fp8 else dtype, (ANY, ANY, latent + rope), align=4 if fp8 else 0)
-            )
-        tensors += [TensorArg(8, torch.float32, None, align=1)] if fp8 else []
+        tensors += [TensorArg(0, dtype, (ROWS, heads, nope))] if nope else []
+        if cache.code:
+            stored = {1: dtype, 2: torch.float8_e4m3fn, 3: torch.uint8}[cache.code]
+            width = _DS_MLA_BYTES if cache.code == 3 else latent + (0 if cache.apart else rope)
+            # Rows of fp8 begin where dense ones would: at multiples of the largest power of two in their widths.
+            align = {1: 0, 2: (latent | rope | 16) & -(latent | rope | 16), 3: 16}[cache.code]
+            tensors.append(TensorArg(6, torch.int64, (ANY,), align=1))
+            tensors.append(TensorArg(7, stored, (ANY, ANY, width), align=align))
+            tensors += [TensorArg(8, stored, (ANY, ANY, rope), align=align)] if cache.apart else []
+        tensors += [TensorArg(9, torch.float32, None, align=1)] if cache.code == 2 else []
+        tensors += [TensorArg(10, torch.float32, None, align=1)] if fp8_query else []
+        absent = {0: not nope, 7: not cache.code, 8: bool(cache.code) and not cache.apart, 10: not fp8_query}
         return Binding(
             tensors=tuple(tensors),
-            constants=((9, bool(problem["neox"])),),
-            absent=(*(() if nope else (0,)), *(() if writes else (7,))),
+            constants=((11, bool(problem["neox"])),),
+            absent=tuple(index for index, is_absent in absent.items() if is_absent),
             fields=(
-                Field(pointer, 0) if nope else nothing,
+                Field(pointer, 0) if nope else no_pointer,
                 Field(pointer, 1),
                 Field(pointer, 2),
                 Field(pointer, 3),
                 Field(pointer, 4),
                 Field(pointer, 5),
-                Field(pointer, 6) if writes else nothing,
-                Field(pointer, 7) if writes else nothing,
-                Field(pointer, 8) if fp8 else nothing,
+                Field(pointer, 6) if cache.code else no_pointer,
+                Field(pointer, 9) if cache.code == 2 else no_pointer,
+                Field(pointer, 10) if fp8_query else no_pointer,
                 Field(FieldKind.RESULT, 0),
                 Field(FieldKind.RESULT, 1),
-                Field(stride, 0, 0) if nope else nothing,
-                Field(stride, 0, 1) if nope else nothing,
+                Field(stride, 0, 0) if nope else no_pointer,
+                Field(stride, 0, 1) if nope else no_pointer,
                 Field(stride, 1, 0),
                 Field(stride, 1, 1),
                 Field(stride, 2, 0),
                 Field(stride, 3, 0),
                 Field(stride, 5, 0),
-                Field(stride, 7, 0) if writes else nothing,
-                Field(stride, 7, 1) if writes else nothing,
-                Field(FieldKind.SIZE, 7, 1) if writes else Field(FieldKind.TOKENS),
+                *paged(7, bool(cache.code)),
+                *paged(8, cache.apart),
                 Field(FieldKind.TOKENS),
+                Field(FieldKind.SIZE, 6, 0) if cache.code else no_size,
+                Field(FieldKind.SIZE, 5, 0),
             ),
-            params_format="P" * 11 + "q" * 9 + "ii",
-            results=(Result(dtype, (None, heads, nope + rope)), Result(dtype, (None, rope))),
+            params_format="P" * 11 + "q" * 7 + 2 * "Pqqii" + "iii",
+            results=(
+                Result(torch.float8_e4m3fn if fp8_query else dtype, (None, heads, nope + rope)),
+                Result(dtype, (None, rope)),
+            ),
         )
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
         if "VEC_BYTES" not in config:
             return LaunchShape()
         return LaunchShape(
-            units_per_token=_units(problem, config["VEC_BYTES"] // _bytes(problem)),
+            units_per_token=_units(problem, _size(config, problem)),
             units_per_block=config["THREADS"] * config["UNROLL"],
-            align=config["VEC_BYTES"],
+            align=min(config["VEC_BYTES"], 16),
         )
 
 
+@dataclass(frozen=True)
+class _PackedTolerance(Tolerance):
+    """How far bytes of fp8_ds_mla rows may be off. Rows are the same, or compared part by part: fp8 codes by what an
+    fp8 value may be off, scales as fp32, and k_pe, of ``dtype``, as this tolerance says.
+    """
+
+    dtype: str = "bf16"
+
+    def error(self, out: torch.Tensor, reference: torch.Tensor) -> float:
+        differ = (out != reference).any(-1)
+        parts = zip(_unpacked(out[differ], self.dtype), _unpacked(reference[differ], self.dtype), strict=True)
+        # Both codes are rounded: they are the same, but for ties.
+        codes = Tolerance(E4M3_EPSILON, E4M3_SMALLEST, usual=0.01 * E4M3_EPSILON)
+        scales = Tolerance(2 * torch.finfo(torch.float32).eps, 0.0)
+        k_pe = Tolerance(self.relative, self.absolute, self.usual)
+        return max(each.error(*part) for each, part in zip((codes, scales, k_pe), parts, strict=True))
+
+
+def _caches(problem: Problem, rows: torch.Tensor) -> list[torch.Tensor | None]:
+    """kv_cache and k_pe_cache of a problem, with the values of ``rows`` [..., latent_dim + rope_dim]."""
+    kind, latent = _kind(problem), problem.int("latent_dim")
+    if kind.code == 3:
+        return [rows.view(torch.uint8)[..., :_DS_MLA_BYTES].contiguous(), None]  # whatever bytes
+    rows = rows.to(torch.float8_e4m3fn) if kind.code == 2 else rows
+    return [rows[..., :latent].clone(), rows[..., latent:].clone()] if kind.apart else [rows, None]
+
+
 def _writes(slots: torch.Tensor | None, cache: torch.Tensor | None) -> bool:
-    return slots is not None and cache is not None and cache.numel() > 0
+    return slots is not None and cache is not None and slots.numel() > 0 and cache.numel() > 0
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
-    if is_neox:
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+def _kept(slots: torch.Tensor, cache: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that are written, and their slots."""
+    slots = slots[:tokens]
+    kept = ((slots >= 0) & (slots < cache.shape[0] * cache.shape[1])).nonzero()[:, 0]
+    return kept, slots[kept]
+
+
+def _quotient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x ÷ scale in fp64, saturated as fp8, but not rounded."""
+    return (x.double() / scale.double()).clamp(-E4M3_MAX, E4M3_MAX)
 
 
 def _rotated(
+    is_neox: bool,
     q_nope: torch.Tensor | None,
     q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
     k_pe: torch.Tensor,
     positions: torch.Tensor,
     table: torch.Tensor,
-    is_neox: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The query, kv_c and the rotated k_pe, of T tokens."""
+    tokens = positions.shape[0]
+    q_pe, kv_c, k_pe = q_pe[:tokens], kv_c[:tokens], k_pe[:tokens]
     cos, sin = table[positions].float().chunk(2, dim=-1)
-    q = _rotate(q_pe.float(), cos[:, None], sin[:, None], is_neox).to(q_pe.dtype)
-    q = q if q_nope is None else torch.cat([q_nope, q], dim=-1)
-    return q, _rotate(k_pe.float(), cos, sin, is_neox).to(k_pe.dtype)
+    q = rotate(q_pe.float(), cos[:, None], sin[:, None], is_neox).to(q_pe.dtype)
+    q = q if q_nope is None else torch.cat([q_nope[:tokens], q], dim=-1)
+    return q, kv_c, rotate(k_pe.float(), cos, sin, is_neox).to(k_pe.dtype)
+
+
+def _packed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+    """Rows of fp8_ds_mla, in the arithmetic of kv_c's dtype."""
+    groups = kv_c.unflatten(-1, (-1, _DS_MLA_GROUP))
+    scales = (groups.abs().amax(-1) / E4M3_MAX).clamp(min=_SMALLEST_NORMAL).float()
+    codes = (groups / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(-2)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in (codes, scales, k_pe)], dim=-1)
+
+
+def _unpacked(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes as values, scales and k_pe of rows of fp8_ds_mla."""
+    codes, scales, k_pe = rows.tensor_split((_DS_MLA_SCALES.start, _DS_MLA_SCALES.stop), dim=-1)
+    return (
+        codes.contiguous().view(torch.float8_e4m3fn).float(),
+        scales.contiguous().view(torch.float32),
+        k_pe.contiguous().view(DTYPES[dtype]),
+    )
 
 
 def _write(
-    cache: torch.Tensor, slots: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, scale: torch.Tensor | None
+    cache: torch.Tensor,
+    k_pe_cache: torch.Tensor | None,
+    slots: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    scale: torch.Tensor | None,
 ) -> None:
-    rows = torch.cat([kv_c, k_pe], dim=-1)
-    size = cache.shape[1]
-    if cache.dtype != rows.dtype:
+    if cache.dtype == torch.uint8:
+        parts = [_packed(kv_c.float(), k_pe)]
+    elif cache.dtype != kv_c.dtype:
         assert scale is not None
-        rows = (rows.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(cache.dtype)
-        # PyTorch has no index_put for fp8 everywhere; its bytes will do.
-        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
-    cache[slots // size, slots % size] = rows
+        parts = [scaled_to_fp8(part, scale) for part in (kv_c, k_pe)]
+    else:
+        parts = [kv_c, k_pe]
+    if cache.dtype == torch.float8_e4m3fn:  # PyTorch has no cat and no index_put for fp8 everywhere; its bytes will do
+        parts = [part.view(torch.uint8) for part in parts]
+        cache, k_pe_cache = cache.view(torch.uint8), None if k_pe_cache is None else k_pe_cache.view(torch.uint8)
+    size = cache.shape[1]
+    if k_pe_cache is not None:
+        k_pe_cache[slots // size, slots % size] = parts.pop()
+    cache[slots // size, slots % size] = torch.cat(parts, dim=-1)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from emulation.emulator import BLOCK_ORDERS, EmulationError, build, emulate, unavailable
+from emulation.ahead import run_ahead, wanted
+from emulation.emulator import BLOCK_ORDERS, EmulationError, build, emulate, unavailable, verify
 
-__all__ = ["BLOCK_ORDERS", "EmulationError", "build", "emulate", "unavailable"]
+__all__ = [
+    "BLOCK_ORDERS",
+    "EmulationError",
+    "build",
+    "emulate",
+    "run_ahead",
+    "unavailable",
+    "verify",
+    "wanted",
+]

@@ -1,6 +1,7 @@
 // What CUDA has built in, for a kernel compiled as C++: one fibre per GPU thread runs it, see scheduler.cpp.
 // A kernel may use shared memory (dynamic: emulated_dynamic_shared()), __syncthreads, warp shuffles and votes, and what
-// gpu.cuh puts behind its functions. Not emulated: atomics between blocks, grid-wide barriers, clusters, tensor cores.
+// gpu.cuh and mma.cuh put behind their functions: clusters (dynamic shared memory only) and asynchronous copies among it. Not
+// emulated: atomics between blocks, grid-wide barriers, tensor cores (their products take mma.cuh's plain path).
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -28,8 +29,52 @@ const LaneMask* emulated_gather(LaneMask mask, LaneMask value, const char* what)
 void emulated_named_barrier(int id, int threads);
 // Until a thread has come here, it may touch nothing that a pointer parameter leads to.
 void emulated_wait_for_previous_kernel();
+// What memory behind a pointer parameter holds while the previous kernel may be writing it: not always what it will hold.
+long long emulated_early_read(const long long* address);
 void* emulated_dynamic_shared();
+// Block `rank` of the cluster's dynamic shared memory, from where `address` is in this block's.
+void* emulated_shared_of_block(const void* address, unsigned rank);
+// Waits for all threads of the cluster.
+void emulated_cluster_barrier();
+// The running thread's number in its cluster.
+unsigned emulated_thread();
 [[noreturn]] void emulated_error(const char* format, ...) __attribute__((format(printf, 1, 2)));
+}
+
+// Asynchronous copies happen when they are waited for, as late as on a GPU; until then their destination is garbage.
+struct EmulatedCopy {
+    void* to;
+    const void* from;
+    int bytes, group;
+    EmulatedCopy* next;
+};
+struct EmulatedCopies {
+    EmulatedCopy *first, **last;
+    int committed;  // groups
+};
+static inline EmulatedCopies& emulated_copies() {
+    static EmulatedCopies all[16 * 1024];
+    return all[emulated_thread()];
+}
+static inline void emulated_copy_async(void* to, const void* from, int bytes) {
+    EmulatedCopies& copies = emulated_copies();
+    if ((unsigned long)to % bytes || (unsigned long)from % bytes)
+        emulated_error("an asynchronous copy of %d bytes is misaligned", bytes);
+    memmove(to, from, bytes);  // both must be there from now on
+    memset(to, 0xff, bytes);
+    if (!copies.first) copies.last = &copies.first;
+    *copies.last = new EmulatedCopy{to, from, bytes, copies.committed, nullptr};
+    copies.last = &(*copies.last)->next;
+}
+static inline void emulated_commit_copies() { ++emulated_copies().committed; }
+static inline void emulated_wait_for_copies(int pending_groups) {
+    EmulatedCopies& copies = emulated_copies();
+    while (EmulatedCopy* copy = copies.first) {
+        if (copy->group >= copies.committed - pending_groups) return;
+        memcpy(copy->to, copy->from, copy->bytes);
+        copies.first = copy->next;
+        delete copy;
+    }
 }
 
 static inline int emulated_lane() { return int(threadIdx.x % WARP_SIZE); }

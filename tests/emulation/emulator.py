@@ -39,7 +39,7 @@ from autofuse.ops.binding import FieldKind
 from autofuse.targets import KernelSpec, Resources
 from autofuse.targets.kernel_cache import KernelCache
 
-__all__ = ["BLOCK_ORDERS", "EmulationError", "build", "emulate", "unavailable"]
+__all__ = ["BLOCK_ORDERS", "EmulationError", "build", "emulate", "unavailable", "verify"]
 
 BLOCK_ORDERS = ("forward", "reverse", "shuffled")
 """In which order blocks run, and within each block its threads."""
@@ -49,8 +49,9 @@ _RUNTIME = ("scheduler.cpp", "memory.cpp")
 _SANITIZE = ("-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all")
 _FLAGS = ("-std=c++17", "-g1", "-w")
 # Loops that look like memcpy stay loops: AddressSanitizer's memcpy would refuse what the runtime alone may touch.
-_RUNTIME_FLAGS = ("-O2", "-fno-tree-loop-distribute-patterns")
-_KERNEL_FLAGS = ("-O1", *_SANITIZE, "-fsanitize-sections=emulated_shared")
+_RUNTIME_FLAGS = ("-O3", "-fno-tree-loop-distribute-patterns")
+# C++'s own headers take longer to compile than a kernel, and no GPU compiler has them.
+_KERNEL_FLAGS = ("-O1", "-nostdinc++", *_SANITIZE, "-fsanitize-sections=emulated_shared")
 _TIMEOUT_S = 60.0
 _POISONS = (0xFF, 0x7F)  # NaN, and a large number, in bf16, fp16 and fp32
 _INPUT, _IN_PLACE, _RESULT = range(3)
@@ -81,6 +82,7 @@ def emulate(
     warp_size: int | None = None,
     named_barriers: bool | None = None,
     block_orders: Sequence[str] = BLOCK_ORDERS,
+    edits: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[torch.Tensor, ...]:
     """Runs a config of an op's GPU kernel on CPU tensors.
 
@@ -90,9 +92,11 @@ def emulate(
         warp_size: 32 or 64 lanes; the kernel's own unless given.
         named_barriers: whether barriers among part of a block exist; at 32 lanes they do, unless given.
         block_orders: of BLOCK_ORDERS; the kernel runs once in each, and must write the same.
+        edits: (file, old, new) to replace in the kernel's sources.
 
     Returns: the op's results.
-    Raises: EmulationError; ValueError for arguments that the kernel would not be launched with.
+    Raises: EmulationError; ValueError for arguments that the kernel would not be launched with, or an edit of what is
+    not there.
     """
     binding, shape = op.binding(problem), op.launch_shape(problem, config)
     if not (binding.accepts(args) and binding.launchable(args, shape.align)):
@@ -103,7 +107,7 @@ def emulate(
         return results
     spec = op.spec(kind, problem, config)
     lanes = warp_size or _own_lanes(spec)
-    program = build(spec, warp_size=warp_size, named_barriers=named_barriers)
+    program = build(spec, warp_size=warp_size, named_barriers=named_barriers, edits=edits)
 
     tensors = [(tensor, args[tensor.index]) for tensor in binding.tensors]
     regions = [
@@ -155,8 +159,27 @@ def emulate(
     return results
 
 
-def build(spec: KernelSpec, *, warp_size: int | None = None, named_barriers: bool | None = None) -> Path:
-    """The program that emulates a kernel, compiled unless the kernel cache has it. Raises EmulationError."""
+def verify(op: FusedOp, problem: Problem, config: Config, args: Sequence[Any], **how: Any) -> None:
+    """Runs a config as ``emulate`` does, and raises EmulationError as well if it does not compute the op."""
+    exact = op.exact(*args)
+    results = emulate(op, problem, config, args, **how)
+    written = [args[index] for index in op.mutates if args[index] is not None]
+    for index, (result, right) in enumerate(zip([*results, *written], exact, strict=True)):
+        if not (error := op.tolerance(problem, index).error(result, right)) <= 1.0:
+            raise EmulationError(f"result {index} is {error:.3g} times the tolerance from the reference")
+
+
+def build(
+    spec: KernelSpec,
+    *,
+    warp_size: int | None = None,
+    named_barriers: bool | None = None,
+    edits: Sequence[tuple[str, str, str]] = (),
+) -> Path:
+    """The program that emulates a kernel, compiled unless the kernel cache has it. Raises EmulationError, ValueError.
+
+    Arguments as for ``emulate``.
+    """
     lanes = warp_size or _own_lanes(spec)
     named = lanes == 32 if named_barriers is None else named_barriers
     defines = {**spec.defines, "WARP_SIZE": lanes, "NAMED_BARRIERS": int(named)}
@@ -168,16 +191,22 @@ def build(spec: KernelSpec, *, warp_size: int | None = None, named_barriers: boo
         *(f"-D{name}={value}" for name, value in defines.items()),
     ]
     runtime = [_runtime(source) for source in _RUNTIME]
-    folder = autofuse.kernels_src.FOLDER
+    texts = dict(autofuse.kernels_src.sources(spec.source))
+    for file, old, new in edits:
+        if old not in texts.get(file, ""):
+            raise ValueError(f"{file} has no {old!r}")
+        texts[file] = texts[file].replace(old, new)
 
     def compile_kernel(program: Path) -> Resources:
+        for file, text in texts.items():
+            (program.parent / file).write_text(text, encoding="utf-8")
         source = str(_FOLDER / "kernel.cpp")
         objects = [str(path) for path in runtime]
-        _compile([*_compiler(), *flags, f"-I{folder}", f"-I{_FOLDER}", source, *objects, "-o", str(program)])
+        _compile([*_compiler(), *flags, f"-I{program.parent}", f"-I{_FOLDER}", source, *objects, "-o", str(program)])
         return Resources()
 
-    texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("kernel.cpp", "cuda_on_cpu.h")]
-    key = [*autofuse.kernels_src.sources(spec.source).values(), *texts, *map(str, runtime), *flags]
+    ours = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("kernel.cpp", "cuda_on_cpu.h")]
+    key = [*texts.values(), *ours, *map(str, runtime), *flags]
     return KernelCache(".emulated").get(spec.entry, key, compile_kernel).path
 
 
@@ -244,10 +273,11 @@ def _numbers(*values: int) -> bytes:
 @cache
 def _compiler() -> tuple[str, ...]:
     """g++: clang's AddressSanitizer leaves variables with a section of their own, our shared memory, unguarded."""
+    linker = ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # twice as fast
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen and "clang" not in chosen[0] and shutil.which(chosen[0]):
-        return tuple(chosen)
-    return ("g++",) if shutil.which("g++") else ()
+        return (*chosen, *linker)
+    return ("g++", *linker) if shutil.which("g++") else ()
 
 
 def _compile(command: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ struct Index {
     unsigned x, y, z;
 };
 extern Index blockIdx, threadIdx;
+long long emulated_early_read(const long long* address);
 void __asan_on_error() { fprintf(stderr, "emulation: block %u, thread %u\n", blockIdx.x, threadIdx.x); }
 }
 
@@ -104,10 +105,25 @@ void check_unchanged(const Region& region) {
         if (region.start[i] != region.original[i]) fail("byte %lld of input %lld was changed", i, region.index);
 }
 
+// Most blocks write little of what there is: chunks that are as they were cost next to nothing.
+constexpr i64 CHUNK = 256;
+bool same_chunk(const Byte* a, const Byte* b) {
+    i64 difference = 0;
+    for (i64 i = 0; i < CHUNK; i += sizeof(i64)) {
+        i64 x, y;
+        __builtin_memcpy(&x, a + i, sizeof x);
+        __builtin_memcpy(&y, b + i, sizeof y);
+        difference |= x ^ y;
+    }
+    return difference == 0;
+}
+
 void collect_writes(Region& region, int block) {
     if (region.role == INPUT) return;
     for (i64 i = 0; i < region.bytes; ++i) {
-        if (region.start[i] == region.original[i]) continue;
+        if (i % CHUNK == 0)
+            while (i + CHUNK <= region.bytes && same_chunk(region.start + i, region.original + i)) i += CHUNK;
+        if (i == region.bytes || region.start[i] == region.original[i]) continue;
         if (region.owner[i] >= 0)
             fail("byte %lld of %s %lld was written by block %d and by block %d", i, role_name(region), region.index,
                  region.owner[i], block);
@@ -121,8 +137,9 @@ void collect_writes(Region& region, int block) {
 void check_coverage(const Region& region) {
     if (region.role != RESULT) return;
     i64 missing = 0, first = -1;
-    for (i64 i = region.bytes - 1; i >= 0; --i)
-        if (!region.covered[i]) ++missing, first = i;
+    for (i64 g = region.segment_count - 1; g >= 0; --g)
+        for (i64 i = region.segments[g].offset + region.segments[g].bytes - 1; i >= region.segments[g].offset; --i)
+            if (!region.covered[i]) ++missing, first = i;
     if (missing)
         fail("%lld of %lld bytes of result %lld were not written, the first is byte %lld", missing, region.bytes,
              region.index, first);
@@ -148,6 +165,18 @@ void set_access(bool granted) {
             change(regions[r].start + regions[r].segments[s].offset, regions[r].segments[s].bytes);
 }
 
+long long emulated_early_read(const long long* address) {
+    const Byte* at = reinterpret_cast<const Byte*>(address);
+    for (i64 r = 0; r < region_count; ++r)
+        for (i64 s = 0; s < regions[r].segment_count; ++s) {
+            const Byte* start = regions[r].start + regions[r].segments[s].offset;
+            if (at < start || at + sizeof *address > start + regions[r].segments[s].bytes) continue;
+            const i64 word = (at - regions[r].start) / i64(sizeof *address) % 4;
+            return word == 1 ? ~*address : word == 2 ? 0x5a5a5a5a5a5a5a5a : *address;
+        }
+    emulated_error("an early read is outside every tensor");
+}
+
 int main() {
     const i64 blocks = read_number(), threads = read_number();  // 0: as many as the kernel says, at another warp width
     const i64 shared_bytes = read_number(), programmatic = read_number();
@@ -167,15 +196,17 @@ int main() {
     for (i64 p = 0; p < pointer_count; ++p)
         memcpy(params + pointers[2 * p], &regions[pointers[2 * p + 1]].start, sizeof(Byte*));
 
-    set_launch(unsigned(blocks), unsigned(emulated_threads), shared_bytes);
+    set_launch(unsigned(blocks), shared_bytes);
+    const unsigned clusters = unsigned(blocks / emulated_cluster);
     for (i64 pass = 0; pass < order_count; ++pass) {
         const Order order = Order(read_number());
         const Byte poison = Byte(read_number());
         for (i64 r = 0; r < region_count; ++r) begin_order(regions[r], poison);
-        unsigned* list = ordered(unsigned(blocks), order);
-        for (i64 b = 0; b < blocks; ++b) {
-            run_block(list[b], order, programmatic != 0, params);
-            for (i64 r = 0; r < region_count; ++r) collect_writes(regions[r], int(list[b]));
+        unsigned* list = ordered(clusters, order);
+        for (unsigned c = 0; c < clusters; ++c) {
+            const unsigned block = list[c] * unsigned(emulated_cluster);
+            run_cluster(block, order, programmatic != 0, params);
+            for (i64 r = 0; r < region_count; ++r) collect_writes(regions[r], int(block));
         }
         for (i64 r = 0; r < region_count; ++r) check_unchanged(regions[r]);
         free(list);

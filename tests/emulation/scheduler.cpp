@@ -81,16 +81,19 @@ struct Barrier {
     int threads, arrived;
 };
 
-constexpr int BARRIERS = 16;
+constexpr int BARRIERS = 16, MAX_CLUSTER = 16;
+constexpr int CLUSTER_BARRIER = MAX_CLUSTER * BARRIERS;
 
-unsigned thread_count, current;
+unsigned thread_count, current;  // of the cluster
 unsigned long shared_bytes;
 Thread* threads;
 char* stacks;
-Barrier barriers[BARRIERS];
+Barrier barriers[CLUSTER_BARRIER + 1];  // BARRIERS for each block, and the cluster's
 Context scheduler;
 const void* kernel_params;
-char* dynamic_shared;
+char* dynamic_shared[MAX_CLUSTER];
+
+unsigned block_in_cluster() { return current / unsigned(emulated_threads); }
 
 void yield() { switch_context(threads[current].context, scheduler); }
 
@@ -111,9 +114,10 @@ void thread_main() {
     };
     unsigned ended = 0;
     for (unsigned i = 0; i < thread_count; ++i) ended += threads[i].state == ENDED;
-    for (int id = 0; id < BARRIERS; ++id)
+    for (int id = 0; id < CLUSTER_BARRIER; ++id)
         if (barriers[id].arrived)
-            add("%d of %d threads are at barrier %d; ", barriers[id].arrived, barriers[id].threads, id);
+            add("%d of %d threads are at barrier %d; ", barriers[id].arrived, barriers[id].threads, id % BARRIERS);
+    if (int arrived = barriers[CLUSTER_BARRIER].arrived) add("%d threads are at the cluster's barrier; ", arrived);
     for (unsigned first = 0; first < thread_count; first += emulated_warp_size) {
         LaneMask here = 0, wanted = 0;
         const char* what = "";
@@ -126,6 +130,17 @@ void thread_main() {
             add("warp %u: lanes 0x%llx are at %s for lanes 0x%llx; ", first / emulated_warp_size, here, what, wanted);
     }
     emulated_error("no thread can go on: %s%u of %u threads have ended", text, ended, thread_count);
+}
+
+void arrive(int index, int count) {
+    Barrier& barrier = barriers[index];
+    barrier.threads = count;
+    threads[current].state = AT_BARRIER;
+    threads[current].barrier = index;
+    if (++barrier.arrived < count) return yield();
+    barrier.arrived = 0;
+    for (unsigned i = 0; i < thread_count; ++i)
+        if (threads[i].state == AT_BARRIER && threads[i].barrier == index) threads[i].state = READY;
 }
 
 }  // namespace
@@ -177,19 +192,17 @@ const LaneMask* emulated_gather(LaneMask mask, LaneMask value, const char* what)
 
 void emulated_named_barrier(int id, int count) {
     if (id < 0 || id >= BARRIERS) emulated_error("there is no barrier %d", id);
-    if (count % emulated_warp_size != 0 || count > int(thread_count))
+    if (count % emulated_warp_size != 0 || count > emulated_threads)
         emulated_error("barrier %d is for %d threads: not a number of whole warps of the block", id, count);
-    Barrier& barrier = barriers[id];
-    if (barrier.arrived && barrier.threads != count)
-        emulated_error("barrier %d is for %d threads here and for %d elsewhere", id, count, barrier.threads);
-    barrier.threads = count;
-    threads[current].state = AT_BARRIER;
-    threads[current].barrier = id;
-    if (++barrier.arrived < count) return yield();
-    barrier.arrived = 0;
-    for (unsigned i = 0; i < thread_count; ++i)
-        if (threads[i].state == AT_BARRIER && threads[i].barrier == id) threads[i].state = READY;
+    const int index = int(block_in_cluster()) * BARRIERS + id;
+    if (barriers[index].arrived && barriers[index].threads != count)
+        emulated_error("barrier %d is for %d threads here and for %d elsewhere", id, count, barriers[index].threads);
+    arrive(index, count);
 }
+
+void emulated_cluster_barrier() { arrive(CLUSTER_BARRIER, int(thread_count)); }
+
+unsigned emulated_thread() { return current; }
 
 void emulated_wait_for_previous_kernel() {
     if (threads[current].has_access) return;
@@ -197,7 +210,14 @@ void emulated_wait_for_previous_kernel() {
     yield();  // stays READY: the scheduler grants access when all threads that have none stand still
 }
 
-void* emulated_dynamic_shared() { return dynamic_shared; }
+void* emulated_dynamic_shared() { return dynamic_shared[block_in_cluster()]; }
+
+void* emulated_shared_of_block(const void* address, unsigned rank) {
+    const long offset = static_cast<const char*>(address) - dynamic_shared[block_in_cluster()];
+    if (offset < 0 || offset > long(shared_bytes)) emulated_error("an address is not in the block's shared memory");
+    if (rank >= unsigned(emulated_cluster)) emulated_error("the cluster has no block %u", rank);
+    return dynamic_shared[rank] + offset;
+}
 
 extern char __start_emulated_shared[] __attribute__((weak));
 extern char __stop_emulated_shared[] __attribute__((weak));
@@ -217,13 +237,17 @@ unsigned* ordered(unsigned count, Order order) {
     return list;
 }
 
-void set_launch(unsigned blocks, unsigned block_threads, unsigned long dynamic_shared_bytes) {
+void set_launch(unsigned blocks, unsigned long dynamic_shared_bytes) {
     gridDim = {blocks, 1, 1};
-    blockDim = {block_threads, 1, 1};
-    thread_count = block_threads;
+    blockDim = {unsigned(emulated_threads), 1, 1};
+    thread_count = unsigned(emulated_threads) * unsigned(emulated_cluster);
     shared_bytes = dynamic_shared_bytes;
     threads = static_cast<Thread*>(calloc(thread_count, sizeof(Thread)));
-    dynamic_shared = static_cast<char*>(malloc(shared_bytes));
+    if (emulated_cluster > MAX_CLUSTER || blocks % emulated_cluster)
+        emulated_error("%u blocks are not launched in clusters of %d", blocks, emulated_cluster);
+    if (emulated_cluster > 1 && __start_emulated_shared != __stop_emulated_shared)
+        emulated_error("blocks of a cluster have only dynamic shared memory here");
+    for (int rank = 0; rank < emulated_cluster; ++rank) dynamic_shared[rank] = static_cast<char*>(malloc(shared_bytes));
     const size_t step = STACK_BYTES + GUARD_BYTES;
     stacks = static_cast<char*>(mmap(nullptr, thread_count * step, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -231,13 +255,13 @@ void set_launch(unsigned blocks, unsigned block_threads, unsigned long dynamic_s
     for (unsigned i = 0; i < thread_count; ++i) mprotect(stacks + i * step, GUARD_BYTES, PROT_NONE);
 }
 
-void run_block(unsigned index, Order order, bool programmatic, const void* params) {
-    blockIdx = {index, 0, 0};
+void run_cluster(unsigned index, Order order, bool programmatic, const void* params) {
     kernel_params = params;
     for (Barrier& barrier : barriers) barrier = {0, 0};
     // Shared memory starts as NaN: what is read before it is written shows.
     for (char* byte = __start_emulated_shared; byte < __stop_emulated_shared; ++byte) *byte = char(0xff);
-    for (unsigned long i = 0; i < shared_bytes; ++i) dynamic_shared[i] = char(0xff);
+    for (int rank = 0; rank < emulated_cluster; ++rank)
+        for (unsigned long i = 0; i < shared_bytes; ++i) dynamic_shared[rank][i] = char(0xff);
     for (unsigned i = 0; i < thread_count; ++i) {
         threads[i].state = READY;
         threads[i].has_access = !programmatic;
@@ -252,7 +276,8 @@ void run_block(unsigned index, Order order, bool programmatic, const void* param
             for (unsigned i = 0; i < thread_count; ++i) {
                 Thread& thread = threads[current = turns[i]];
                 if (thread.state != READY || thread.has_access != (access == 1)) continue;
-                threadIdx = {current, 0, 0};
+                threadIdx = {current % unsigned(emulated_threads), 0, 0};
+                blockIdx = {index + block_in_cluster(), 0, 0};
                 switch_context(scheduler, thread.context);
                 progress = true;
             }
