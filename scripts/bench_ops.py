@@ -1,175 +1,158 @@
 #!/usr/bin/env python3
-"""Times fused ops beside eager PyTorch, torch.compile, and torch.compile with every tuning option, in one run.
+"""Times fused ops beside eager PyTorch, torch.compile, torch.compile with every tuning option, and recorded peers.
 
-    python scripts/bench_ops.py --tokens 1,16,64,256,1024,8192,32768 --json benchmarks/h200/mla_dual_rms_norm.json
+    python scripts/bench_ops.py --tokens 1,64,2048                     # one op of a model, or --problem '...'
+    python scripts/bench_ops.py --tables --json benchmarks/h200        # every table of benchmarks/h200/peers.json
+    python scripts/bench_ops.py --tables --gpus 4 --effort quick       # its rows shared out over four GPUs
+    python scripts/bench_ops.py --tables rope_kv_cache_8_1,mla_v_up_quant_h16 --resume --json benchmarks/h200
+    python scripts/bench_ops.py --chain --json benchmarks/h200         # recorded configs between GEMMs, PDL on and off
+    python scripts/bench_ops.py --markdown                             # writes the results into docs/performance.md
 
 What is not tuned yet is tuned first (into --database). All functions of a row are measured in turns, over inputs that
 rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a
-CPU it is the time of a call. "floor" is the bytes that must move ÷ the bandwidth of an elementwise kernel, measured in
-the same run. "compile+" is torch.compile with coordinate descent, and on a GPU the better of with and without
-programmatic dependent launch.
+CPU it is the time of a call. docs/performance.md says what each column means. Rows are recorded as they are measured;
+one that fails, be it by taking the process down, is a row with an error, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+import logging
+import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-import autofuse
-from autofuse.cache_db import BASELINE_KINDS, TunedDatabase
+from autofuse.cache_db import TunedDatabase
+from autofuse.errors import BadInput
 from autofuse.models import model_config
-from autofuse.ops import FusedOp, Problem, get_op
-from autofuse.runtime.plan import Plan
-from autofuse.targets import parse_device, target_of, toolchain
-from autofuse.tuner.api import checked_problem
-from autofuse.tuner.baselines import baseline_calls, compiled_reference
-from autofuse.tuner.budgets import EFFORTS, Effort
-from autofuse.tuner.job import Bucket, tune_buckets
-from autofuse.tuner.measure import Ring, example_ring, gain, interleave, runner
-
-PEERS = Path(__file__).resolve().parents[1] / "benchmarks" / "h200" / "peers.json"
-TUNED_COMPILE = [
-    {"coordinate_descent_tuning": True},
-    {"coordinate_descent_tuning": True, "triton.enable_pdl": True},
-]
+from autofuse.ops import Config, Problem, get_op
+from autofuse.targets import parse_device
+from autofuse.tuner.budgets import EFFORTS
+from bench.chain import chain_times
+from bench.measuring import free_memory
+from bench.running import RowRun, facts, run_workers, source_hash
+from bench.showing import DOCUMENT, markdown, replace_generated, summary_lines, terminal_table
+from bench.tables import PEERS, SMALL_TOKENS, Results, Table, load_tables, summary
 
 
-def bandwidth(device: torch.device, effort: Effort) -> float:
-    """Bytes per µs, read plus written, of an elementwise kernel over 1 GiB (CPU: 256 MiB)."""
-    elements = (1 << 28) if device.type == "cuda" else (1 << 26)
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    prepared = runner(lambda x: torch.neg(x, out=target), Ring.of([(source,)] * 4, device), device, effort)
-    return 8 * elements / min(prepared.round_us() for _ in range(10))
+def measure(tables: list[Table], results: Results, options: argparse.Namespace) -> int:
+    """Measures this process's share of the rows; returns an exit code."""
+    device, (shard, shards) = parse_device(options.device), map(int, (options.shard or "0/1").split("/"))
+    with TunedDatabase(options.database) as database:
+        run = RowRun(device, EFFORTS[options.effort], database, results, not options.no_compile_plus)
+        run.say = lambda text: print(f"{shard}: {text}" if shards > 1 else text, flush=True)
+        return run.run(all_rows(tables)[shard::shards])
 
 
-def host_us(call: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> float:
-    """Host time of one call with the allocation of its results: the median of 30 rounds of 100 calls."""
-    rounds = []
-    for _ in range(31):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        for _ in range(100):
-            call(*args)
-        rounds.append((time.perf_counter_ns() - start) / 1e5)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return statistics.median(rounds[1:])
+def all_rows(tables: list[Table]) -> list[tuple[Table, int]]:
+    return [(table, tokens) for table in tables for tokens in table.tokens]
 
 
-def measure(
-    op: FusedOp, problem: Problem, tokens: int, plan: Plan, device: torch.device, effort: Effort
-) -> dict[str, Any]:
-    """One row of the table: µs by column, and the gain over the better baseline."""
-    ring = example_ring(op, problem, tokens, device, effort)
-    overload, text = getattr(torch.ops.autofuse, op.name).default, str(plan)
-    calls: dict[str, Callable[..., Any]] = {
-        "ours": lambda *args: overload(*args, text),
-        **baseline_calls(op, ring.sets[0]),
-    }
-    variants = TUNED_COMPILE if device.type == "cuda" else TUNED_COMPILE[:1]
-    for number, options in enumerate(variants):
-        calls[f"compile+ {number}"] = compiled_reference(op, ring.sets[0], options)[0]
-    prepared = [runner(call, ring, device, effort) for call in calls.values()]
-    timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
-    row = {name: timing.median_us for name, timing in timings.items()}
-    row["compile+"] = min(row.pop(f"compile+ {number}") for number in range(len(variants)))
-    better = min((kind for kind in BASELINE_KINDS if kind in row), key=lambda kind: row[kind])
-    ratio = gain(timings[better], timings["ours"])
-    worst = max(
-        op.tolerance(problem, index).error(out, exact)
-        for index, (out, exact) in enumerate(zip(calls["ours"](*ring.sets[0]), op.exact(*ring.sets[0]), strict=False))
-    )
-    return {
-        "us": row,
-        "spread_us": timings["ours"].spread_us,
-        "gain": ratio.median,
-        "gain_low": ratio.low,
-        "gain_high": ratio.high,
-        "gain_over": better,
-        "error_in_tolerances": worst,
-        "host_us": host_us(calls["ours"], ring.sets[0], device),
-        "bytes": op.bytes_moved(problem, tokens),
-        "config": str(plan.config_for(tokens)),
-    }
+def worker_command(tables: list[Table], results: Results, options: argparse.Namespace) -> list[str]:
+    """What ``run_workers`` runs: this script again."""
+    command = [sys.executable, __file__, "--tables", ",".join(table.name for table in tables)]
+    command += ["--peers", str(options.peers), "--json", str(results.folder)]
+    command += ["--device", options.device, "--effort", options.effort]
+    command += ["--no-compile-plus"] if options.no_compile_plus else []
+    return [*command, *(["--database", str(options.database)] if options.database else [])]
+
+
+def chains(tables: list[Table], results: Results, options: argparse.Namespace) -> None:
+    """Times the recorded configs that launch programmatically between GEMMs, with and without that."""
+    device, rows = parse_device(options.device), []
+    for table in tables:
+        for key, row in results.read(table.name)["rows"].items():
+            config = Config.parse(row.get("config", ""))
+            if int(key) > SMALL_TOKENS or not config.get("PDL", 0):
+                continue
+            times = chain_times(table.problem, int(key), config, device, EFFORTS[options.effort])
+            free_memory(device)
+            rows.append({"table": table.name, "tokens": int(key), **times})
+            us = times["us"]
+            print(f"{table.name} T={key}: plain {us['plain']:.3g} µs, PDL {us['pdl']:.3g}, GEMMs {us['gemm']:.3g}")
+    Results.write(results.folder / "chain.json", {**facts(tables[0].problem, device), "rows": rows})
+
+
+def spent(tables: list[Table], results: Results) -> str:
+    """What the rows took to make, in a line: s of all processes together."""
+    rows = [row for table in tables for row in results.read(table.name)["rows"].values()]
+    sums = {name: sum(row.get("seconds", {}).get(name, 0) for row in rows) for name in ("tune", "compile", "measure")}
+    return "spent: " + ", ".join(f"{seconds:.0f} s to {name}" for name, seconds in sums.items())
+
+
+def chosen_tables(options: argparse.Namespace) -> list[Table]:
+    """The tables that were asked for. Raises BadInput."""
+    tables = load_tables(options.peers)
+    if options.tables is not None or options.chain or options.markdown:
+        names = [name for name in (options.tables or "").split(",") if name] or [table.name for table in tables]
+        if unknown := set(names) - {table.name for table in tables}:
+            raise BadInput(f"--tables: {options.peers} has no {', '.join(sorted(unknown))}")
+        return [table for table in tables if table.name in names]
+    if options.problem:
+        problem = Problem.parse(options.problem)
+    else:
+        (problem, *_) = get_op(options.op).model_problems(model_config(options.model), options.dtype)
+    known = next((table for table in tables if table.problem == problem), Table(problem.op, problem, ()))
+    return [replace(known, tokens=tuple(int(count) for count in options.tokens.split(",")))]
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one = parser.add_argument_group("one problem")
+    one.add_argument("--op", default="mla_dual_rms_norm")
+    one.add_argument("--model", default="deepseek-v3")
+    one.add_argument("--problem", help="a problem as `autofuse show` prints it, instead of --op and --model")
+    one.add_argument("--dtype", default="bf16")
+    one.add_argument("--tokens", default="1,64,2048")
+    many = parser.add_argument_group("tables")
+    many.add_argument("--tables", nargs="?", const="", help="all tables, or those of these names")
+    many.add_argument("--peers", type=Path, default=PEERS, help="the file that lists them")
+    many.add_argument("--gpus", type=int, default=1, help="GPUs that share the rows")
+    many.add_argument("--resume", action="store_true", help="keep rows of the present kernels that did not fail")
+    many.add_argument("--shard", help="I/N: measure only this process's rows; what --gpus starts")
+    many.add_argument("--chain", action="store_true", help="time recorded configs between GEMMs, with and without PDL")
+    many.add_argument("--markdown", action="store_true", help=f"write the results in --json into {DOCUMENT.name}")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--effort", default="default", choices=sorted(EFFORTS))
+    parser.add_argument("--no-compile-plus", action="store_true", help="leave out that column, which takes the longest")
+    parser.add_argument("--database", type=Path)
+    parser.add_argument("--json", type=Path, help="folder of the results: a file for each table, and summary.json")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="mla_dual_rms_norm")
-    parser.add_argument("--model", default="deepseek-v3")
-    parser.add_argument(
-        "--problem", default=None, help="a problem as `autofuse show` prints it, instead of --op and --model"
-    )
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--tokens", default="1,64,2048")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--effort", default="default", choices=sorted(EFFORTS))
-    parser.add_argument("--database", type=Path, default=None)
-    parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
-
-    device, effort = parse_device(options.device), EFFORTS[options.effort]
-    target = target_of(device)
-    tokens = [int(count) for count in options.tokens.split(",")]
-    if options.problem:
-        problem = checked_problem(Problem.parse(options.problem))
-        op = get_op(problem.op)
-    else:
-        op = get_op(options.op)
-        (problem, *_) = op.model_problems(model_config(options.model), options.dtype)
-    with TunedDatabase(options.database) as database:
-        winners = tune_buckets([Bucket(problem, count) for count in tokens], device, database, effort)
-    plan = Plan(target.arch, problem, tuple(sorted((winner.tokens, winner.config) for winner in winners)))
-
-    peers = json.loads(PEERS.read_text(encoding="utf-8")).get(str(problem), {}) if "H200" in target.device_name else {}
-    with torch.no_grad():
-        bytes_per_us = bandwidth(device, effort)
-        rows = {count: measure(op, problem, count, plan, device, effort) for count in tokens}
-
-    columns = [*next(iter(rows.values()))["us"], "floor", *peers]
-    table = Table(title=f"{problem} on {target}, µs per call")
-    for column in ("T", *columns, "gain", "host µs"):
-        table.add_column(column, justify="right")
-    for count, row in rows.items():
-        row["us"]["floor"] = row["bytes"] / bytes_per_us
-        cells = [row["us"].get(name, peers.get(name, {}).get(str(count))) for name in columns]
-        table.add_row(
-            str(count),
-            *("–" if cell is None else f"{cell:.3g}" for cell in cells),
-            f"{row['gain']:.2f} [{row['gain_low']:.2f}, {row['gain_high']:.2f}] {row['gain_over']}",
-            f"{row['host_us']:.1f}",
-        )
-    Console(width=200).print(table)
-    if options.json:
-        report = {
-            "problem": str(problem),
-            "target": str(target),
-            "bandwidth_bytes_per_us": bytes_per_us,
-            "provenance": {
-                "host": platform.node(),
-                "torch": torch.__version__,
-                "autofuse": autofuse.__version__,
-                "source_hash": op.source_hash(target.kind),
-                "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                **toolchain(target.kind).provenance(device),
-            },
-            "rows": {str(count): row for count, row in rows.items()},
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    logging.basicConfig(format="%(message)s")
+    options = parsed()
+    tables = chosen_tables(options)
+    if options.markdown:
+        results = Results(options.json or PEERS.parent)
+        generated = markdown(tables, results)
+        DOCUMENT.write_text(replace_generated(DOCUMENT.read_text(encoding="utf-8"), generated), encoding="utf-8")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Results(options.json or Path(scratch))
+        if options.shard:
+            sys.exit(measure(tables, results, options))
+        if options.chain:
+            chains(tables, results, options)
+            return
+        device = parse_device(options.device)
+        for table in tables:
+            results.keep(table.name, source_hash(table.problem, device) if options.resume else None)
+        if options.tables is None:
+            measure(tables, results, options)
+        else:
+            run_workers(worker_command(tables, results, options), results, all_rows(tables), options.gpus)
+        console = Console(width=200)
+        for table in tables:
+            console.print(terminal_table(table, results))
+        found = summary(tables, results)
+        print("\n".join([*summary_lines(found), spent(tables, results)]))
+        if options.tables is not None:
+            results.write(results.folder / "summary.json", found)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import torch
 
 from autofuse.cache_db import Captured, TunedDatabase
 from autofuse.cli.app import app, run
-from autofuse.errors import TargetUnavailable
 from autofuse.ops import OPS, Problem, get_op
-from autofuse.targets import nvrtc, target_of
+from autofuse.targets import target_of
 from autofuse.tuner import budgets
 from autofuse.tuner.budgets import Effort
 
@@ -200,38 +199,6 @@ def test_an_import_gives_the_same_show_as_the_export(name: str, tune_tiny: TuneT
     for arguments in (("show",), ("show", "--trials"), ("show", "--json")):
         assert cli(*arguments, "--database", other) == cli(*arguments)
     assert json.loads(cli("import", tmp_path / name, "--database", other, "--json"))["kept"]["winners"] == 1
-
-
-def test_compile_reports_each_kernel(cli: Cli) -> None:
-    kernels = json.loads(
-        cli("compile", "--op", "mla_dual_rms_norm", "--arch", target_of(CPU).arch, "--configs", 2, "--json")
-    )
-    assert [Path(kernel["path"]).suffix for kernel in kernels] == [".so", ".so"]
-    assert "2 of 2 kernels compile" in cli(
-        "compile", "--op", "mla_dual_rms_norm", "--arch", target_of(CPU).arch, "--configs", 2
-    )
-
-
-def test_compile_crosses_to_gpus_that_are_not_here(cli: Cli) -> None:
-    try:
-        nvrtc.version()
-    except TargetUnavailable as reason:
-        pytest.skip(str(reason))
-    kernels = json.loads(
-        cli("compile", "--op", "mla_dual_rms_norm", "--arch", "sm_80,sm_90a", "--configs", 4, "--json")
-    )
-    assert [kernel["arch"] for kernel in kernels] == ["sm_80"] * 4 + ["sm_90a"] * 4
-    assert all(kernel["registers"] for kernel in kernels)
-
-
-def test_a_kernel_that_does_not_compile_is_a_line_and_exit_code_1(
-    cli: Cli, edit_kernels: Callable[[str, str, str], None]
-) -> None:
-    edit_kernels("mla_dual_rms_norm.cpp", "struct Params", "#error broken\nstruct Params")
-    (kernel,) = json.loads(
-        cli("compile", "--op", "mla_dual_rms_norm", "--arch", target_of(CPU).arch, "--configs", 1, "--json", code=1)
-    )
-    assert "#error broken" in kernel["error"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")

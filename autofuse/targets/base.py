@@ -144,6 +144,14 @@ class Toolchain(ABC):
         """What else could change a timing on ``device``: driver, toolkit, compiler, SM or core count, power cap…"""
 
     @abstractmethod
+    def check_arch(self, arch: str) -> None:
+        """Raises BadInput (an arch that there is no compiling for), TargetUnavailable (no compiler)."""
+
+    def most_shared_bytes(self, arch: str) -> int | None:
+        """Shared memory that a block of a GPU can have, static and dynamic; None where there is none, or unknown."""
+        return None
+
+    @abstractmethod
     def compile(self, spec: KernelSpec, arch: str) -> Artifact:
         """Compiles ``spec`` for ``arch``, or finds it in the kernel cache; needs no device.
 

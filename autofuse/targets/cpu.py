@@ -99,14 +99,16 @@ class CpuToolchain(Toolchain):
             "torch_threads": torch.get_num_threads(),
         }
 
-    def compile(self, spec: KernelSpec, arch: str) -> Artifact:
-        if arch == _host_arch():
-            march, identity = "native", _host_identity()
-        elif arch in {level for level, _ in _X86_LEVELS} and platform.machine() in ("x86_64", "AMD64"):
-            march, identity = arch, arch
-        else:
+    def check_arch(self, arch: str) -> None:
+        crosses = platform.machine() in ("x86_64", "AMD64")
+        if arch != _host_arch() and not (crosses and arch in {level for level, _ in _X86_LEVELS}):
             levels = ", ".join(level for level, _ in _X86_LEVELS)
             raise BadInput(f"arch {arch!r}: this machine's C++ compiler can do {_host_arch()} (this CPU) and {levels}")
+        _compiler()
+
+    def compile(self, spec: KernelSpec, arch: str) -> Artifact:
+        self.check_arch(arch)
+        march, identity = ("native", _host_identity()) if arch == _host_arch() else (arch, arch)
         flags = (*_FLAGS, f"-march={march}", *(f"-D{name}={value}" for name, value in spec.defines.items()))
         openmp = _openmp_library(_compiler_version(_compiler()))
         return _build(self._cache, spec.source, spec.entry, flags, (openmp,) if openmp else ("-fopenmp",), identity)

@@ -29,6 +29,12 @@ __all__ = ["CudaToolchain"]
 # Arches whose newest instructions exist only in an arch-specific ("a") build.
 _ARCH_SPECIFIC_FROM = 90
 _SHARED_BYTES = 48 << 10  # of dynamic shared memory: more must be asked for
+# That a block can ask for, in KB (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+_MOST_SHARED_KB = {
+    **dict.fromkeys(("sm_80", "sm_87"), 163),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227),
+}
 
 
 class _LaunchState:
@@ -113,6 +119,13 @@ class CudaToolchain(Toolchain):
             "sm_clock_mhz": _number(_nvidia_smi(device, "clocks.sm")),
             "memory_clock_mhz": _number(_nvidia_smi(device, "clocks.mem")),
         }
+
+    def check_arch(self, arch: str) -> None:
+        nvrtc.check_arch(arch)
+
+    def most_shared_bytes(self, arch: str) -> int | None:
+        kilobytes = _MOST_SHARED_KB.get(arch.rstrip("af"))
+        return kilobytes and kilobytes << 10
 
     def compile(self, spec: KernelSpec, arch: str) -> Artifact:
         flags = nvrtc.flags(spec, arch)

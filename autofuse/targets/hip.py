@@ -1,7 +1,7 @@
 """The HIP target, for AMD GPUs: hiprtc or clang to a code object, launched through the HIP runtime.
 
-Its kernels were compiled for gfx90a, gfx942 and others by clang, and emulated on a CPU at 64 lanes. No AMD GPU has run
-them yet, and neither has any run what is below for machines with ROCm: hiprtc, loading and launching.
+Its kernels were compiled for gfx90a, gfx942, gfx950 and others by clang, and emulated on a CPU at 64 lanes. No AMD GPU
+has run them yet, and neither has any run what is below for machines with ROCm: hiprtc, loading and launching.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import shlex
 import shutil
 import struct
 import subprocess
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +36,27 @@ _CLANG_FLAGS = (
     *("-Wno-everything", "-Rpass-analysis=kernel-resource-usage"),
 )
 _ARCH = re.compile(r"gfx[0-9a-f]{3,5}")
-_CHOOSE = "install clang 17 or later with lld (Debian: clang-19 lld-19), or set AUTOFUSE_HIP_CLANG to one"
+_NO_LINKER = re.compile(r"posix_spawn failed|\"lld\" doesn't exist")
+_SHOWN = ("gfx90a", "gfx94", "gfx95", "gfx10", "gfx11", "gfx12")  # arches that a message lists: not the oldest
+_SHARED_BYTES = 64 << 10  # LDS of a block (LLVM's AMDGPU user guide, "addressable local memory"), but for these:
+_MORE_SHARED_BYTES = {"gfx950": 160 << 10}
+_CHOOSE = (
+    "install the project with its 'amd' extra, or clang 17 or later with lld (Debian: clang-19 lld-19), "
+    "or set AUTOFUSE_HIP_CLANG to one"
+)
+
+
+@dataclass(frozen=True)
+class _Clang:
+    """A clang that compiles for AMD GPUs.
+
+    Attributes:
+        command: what runs it.
+        lld: what runs its linker, if that is no program of its own which clang finds.
+    """
+
+    command: tuple[str, ...]
+    lld: tuple[str, ...] = ()
 
 
 class _HipKernel(Kernel):
@@ -77,14 +99,22 @@ class HipToolchain(Toolchain):
         return {
             "driver": None,
             "toolkit": torch.version.hip,
-            "compiler": "hiprtc" if _hiprtc() else _clang_version(_clang()),
+            "compiler": "hiprtc" if _hiprtc() else _version(_clang(self.target(device).arch)),
             "units": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
         }
 
-    def compile(self, spec: KernelSpec, arch: str) -> Artifact:
+    def check_arch(self, arch: str) -> None:
         if not _ARCH.fullmatch(arch):
             raise BadInput(f"arch {arch!r} is not an AMD GPU's, such as gfx90a or gfx942")
+        if not _hiprtc():
+            _clang(arch)
+
+    def most_shared_bytes(self, arch: str) -> int:
+        return _MORE_SHARED_BYTES.get(arch, _SHARED_BYTES)
+
+    def compile(self, spec: KernelSpec, arch: str) -> Artifact:
+        self.check_arch(arch)
         defines = [f"-D{name}={value}" for name, value in spec.defines.items()]
         # CDNA (gfx9) has 64 lanes; RDNA runs 32 unless told.
         if spec.defines.get("WARP_SIZE") == 64 and not arch.startswith("gfx9"):
@@ -94,14 +124,9 @@ class HipToolchain(Toolchain):
             options = [f"--gpu-architecture={arch}", "-std=c++17", "-O3", *defines]
             key = [*texts, *options, f"hiprtc {torch.version.hip}"]
             return self._cache.get(spec.entry, key, lambda binary: _compile_hiprtc(hiprtc, spec, arch, options, binary))
-        clang = _clang()
-        if arch not in _known_arches(clang):
-            close = ", ".join(
-                name for name in _known_arches(clang) if name.startswith(("gfx9", "gfx10", "gfx11", "gfx12"))
-            )
-            raise BadInput(f"arch {arch!r}: {_clang_version(clang)} compiles for {close}")
+        clang = _clang(arch)
         flags = [*_CLANG_FLAGS, f"--offload-arch={arch}", *defines]
-        key = [*texts, *clang, *flags, _clang_version(clang)]
+        key = [*texts, *clang.command, *flags, _version(clang)]
         return self._cache.get(spec.entry, key, lambda binary: _compile_clang(clang, spec, arch, flags, binary))
 
     def load(self, spec: KernelSpec, artifact: Artifact, device: torch.device) -> Kernel:
@@ -129,7 +154,7 @@ class HipToolchain(Toolchain):
             checks.append(Check("AMD compiler", True, f"hiprtc of ROCm {torch.version.hip}"))
         else:
             try:
-                checks.append(Check("AMD compiler", True, _clang_version(_clang())))
+                checks.append(Check("AMD compiler", True, "; ".join(map(_version, _clangs()))))
             except TargetUnavailable as error:
                 if torch.version.hip:
                     checks.append(Check("AMD compiler", False, "none", str(error)))
@@ -171,11 +196,29 @@ def _compile_hiprtc(hiprtc: Any, spec: KernelSpec, arch: str, options: list[str]
     return Resources()
 
 
-def _compile_clang(clang: tuple[str, ...], spec: KernelSpec, arch: str, flags: list[str], binary: Path) -> Resources:
-    run = _run([*clang, *flags, str(write_sources(spec.source, binary.parent)), "-o", str(binary)])
+def _compile_clang(clang: _Clang, spec: KernelSpec, arch: str, flags: list[str], binary: Path) -> Resources:
+    source = str(write_sources(spec.source, binary.parent))
+    run = _run([*clang.command, *flags, *_linker_flags(clang), source, "-o", str(binary)])
+    if run.returncode and _NO_LINKER.search(run.stderr):
+        raise TargetUnavailable(f"{shlex.join(clang.command)} finds no lld to link with: {_CHOOSE}")
     if run.returncode:
-        raise _compile_error(clang[0], spec, arch, run.stderr)
+        log = run.stderr.replace(f"{binary.parent}/", "")  # a folder that is gone by then
+        raise _compile_error(Path(clang.command[0]).name, spec, arch, log)
     return _resources(run.stderr)
+
+
+def _linker_flags(clang: _Clang) -> list[str]:
+    """Clang runs ``lld -flavor gnu …``, and looks first for a file whose path is what follows -B and that name."""
+    if not clang.lld:
+        return []
+
+    def write(script: Path) -> Resources:
+        script.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.join(clang.lld)} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+        return Resources()
+
+    script = KernelCache("-lld").get("clang", clang.lld, write).path
+    return [f"-B{str(script).removesuffix('lld')}"]
 
 
 def _compile_error(compiler: str, spec: KernelSpec, arch: str, log: str) -> CompileError:
@@ -195,31 +238,56 @@ def _resources(log: str) -> Resources:
 
 
 @cache
-def _clang() -> tuple[str, ...]:
-    """A clang that compiles for AMD GPUs: ``$AUTOFUSE_HIP_CLANG``, else the first found. Raises TargetUnavailable."""
-    if chosen := os.environ.get("AUTOFUSE_HIP_CLANG"):
-        command = tuple(shlex.split(chosen))
-        if not command or not shutil.which(command[0]) or not _known_arches(command):
-            raise TargetUnavailable(
-                f"AUTOFUSE_HIP_CLANG={chosen!r} is not a clang that compiles for AMD GPUs: {_CHOOSE}"
-            )
-        return command
-    for name in _CLANGS:
-        if shutil.which(name) and _known_arches((name,)):
-            return (name,)
-    raise TargetUnavailable(f"no clang that compiles for AMD GPUs found: {_CHOOSE}")
+def _clang(arch: str) -> _Clang:
+    """The first clang here that compiles for ``arch``. Raises BadInput, TargetUnavailable."""
+    for clang in _clangs():
+        if arch in _known_arches(clang.command):
+            return clang
+    names = ", ".join(shlex.join(clang.command) for clang in _clangs())
+    known = {name for clang in _clangs() for name in _known_arches(clang.command) if name.startswith(_SHOWN)}
+    raise BadInput(f"arch {arch!r}: {names} compiles for {', '.join(sorted(known))}; for newer ones {_CHOOSE}")
 
 
 @cache
-def _known_arches(clang: tuple[str, ...]) -> tuple[str, ...]:
-    run = _run([*clang, "--target=amdgcn-amd-amdhsa", "-nogpulib", "--print-supported-cpus"])
+def _clangs() -> tuple[_Clang, ...]:
+    """The clangs here that compile for AMD GPUs, the preferred one first: ``$AUTOFUSE_HIP_CLANG``, ROCm's, others on
+    the PATH from the newest on, the one that the package ziglang holds. Raises TargetUnavailable if there is none.
+    """
+    found = [_Clang((name,)) for name in _CLANGS if shutil.which(name)]
+    if chosen := os.environ.get("AUTOFUSE_HIP_CLANG"):
+        try:
+            clang = _of_command(tuple(shlex.split(chosen)))
+        except ValueError:  # a quotation mark without its other half
+            clang = _Clang(())
+        if not clang.command or not shutil.which(clang.command[0]) or not _known_arches(clang.command):
+            raise TargetUnavailable(
+                f"AUTOFUSE_HIP_CLANG={chosen!r} is not a clang that compiles for AMD GPUs: {_CHOOSE}"
+            )
+        found.insert(0, clang)
+    if (package := find_spec("ziglang")) and package.origin:
+        found.append(_of_command((str(Path(package.origin).with_name("zig")), "clang")))
+    found = [clang for clang in found if _known_arches(clang.command)]
+    if not found:
+        raise TargetUnavailable(f"no clang that compiles for AMD GPUs found: {_CHOOSE}")
+    return tuple(found)
+
+
+def _of_command(command: tuple[str, ...]) -> _Clang:
+    """Zig (``zig clang``, ``python -m ziglang clang``) is a clang and an lld in one."""
+    is_zig = len(command) > 1 and Path(command[-2]).name in ("zig", "ziglang") and command[-1] == "clang"
+    return _Clang(command, (*command[:-1], "ld.lld") if is_zig else ())
+
+
+@cache
+def _known_arches(command: tuple[str, ...]) -> tuple[str, ...]:
+    run = _run([*command, "--target=amdgcn-amd-amdhsa", "-nogpulib", "--print-supported-cpus"])
     return tuple(re.findall(r"^\s+(gfx[0-9a-f]+)$", run.stdout + run.stderr, re.MULTILINE))
 
 
 @cache
-def _clang_version(clang: tuple[str, ...]) -> str:
-    lines = _run([*clang, "--version"]).stdout.splitlines()
-    return f"{shlex.join(clang)}: {lines[0].strip() if lines else 'unknown version'}"
+def _version(clang: _Clang) -> str:
+    lines = _run([*clang.command, "--version"]).stdout.splitlines()
+    return f"{shlex.join(clang.command)}: {lines[0].strip() if lines else 'unknown version'}"
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

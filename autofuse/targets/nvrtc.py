@@ -10,7 +10,7 @@ from autofuse.errors import BadInput, CompileError, TargetUnavailable
 from autofuse.kernels_src import sources
 from autofuse.targets.base import KernelSpec, Resources
 
-__all__ = ["compile_cubin", "nvrtc", "supported_arches", "version"]
+__all__ = ["check_arch", "compile_cubin", "flags", "nvrtc", "supported_arches", "version"]
 
 _FLAGS = ("--std=c++17", "--ptxas-options=-v")
 _ARCH = re.compile(r"sm_(\d+)([af]?)")
@@ -46,13 +46,18 @@ def supported_arches() -> list[str]:
     return [f"sm_{number}" for number in nvrtc().getSupportedArchs()]
 
 
-def flags(spec: KernelSpec, arch: str) -> list[str]:
-    """NVRTC's options for ``spec``. Raises BadInput for an arch that it cannot compile for."""
+def check_arch(arch: str) -> None:
+    """Raises BadInput for an arch that NVRTC cannot compile for, TargetUnavailable."""
     match = _ARCH.fullmatch(arch)
     if match is None or f"sm_{match[1]}" not in supported_arches():
         raise BadInput(
             f"arch {arch!r}: NVRTC {version()} compiles for {', '.join(supported_arches())} (sm_90a and later with 'a')"
         )
+
+
+def flags(spec: KernelSpec, arch: str) -> list[str]:
+    """NVRTC's options for ``spec``. Raises BadInput for an arch that it cannot compile for."""
+    check_arch(arch)
     return [*_FLAGS, f"--gpu-architecture={arch}", *(f"-D{name}={value}" for name, value in spec.defines.items())]
 
 

@@ -1,0 +1,121 @@
+"""Measuring one row: the fused op, tuned, beside the unfused code in every form that torch.compile gives it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from autofuse.cache_db import BASELINE_KINDS, Winner
+from autofuse.ops import FusedOp, Problem, get_op
+from autofuse.runtime.plan import Plan
+from autofuse.targets import target_of
+from autofuse.tuner.baselines import baseline_calls, compiled_reference
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.measure import Ring, example_ring, gain, interleave, runner
+
+__all__ = ["bandwidth", "free_memory", "measured_row"]
+
+logger = logging.getLogger("autofuse.bench")
+
+TUNED_COMPILE = [
+    {"coordinate_descent_tuning": True},
+    {"coordinate_descent_tuning": True, "triton.enable_pdl": True},
+]
+
+Call = Callable[..., Any]
+
+
+def bandwidth(device: torch.device, effort: Effort) -> float:
+    """Bytes per µs, read plus written, of an elementwise kernel over 1 GiB (CPU: 256 MiB)."""
+    elements = (1 << 28) if device.type == "cuda" else (1 << 26)
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    prepared = runner(lambda x: torch.neg(x, out=target), Ring.of([(source,)] * 4, device), device, effort)
+    return 8 * elements / min(prepared.round_us() for _ in range(10))
+
+
+def measured_row(
+    winner: Winner, device: torch.device, effort: Effort, bytes_per_us: float, compile_plus: bool
+) -> dict[str, Any]:
+    """One row, its op run with the winner's config: µs by column, the gain over the better baseline, and the rest."""
+    problem, tokens, op = winner.problem, winner.tokens, get_op(winner.problem.op)
+    start = time.perf_counter()
+    ring = example_ring(op, problem, tokens, device, effort)
+    plan = Plan(target_of(device).arch, problem, ((tokens, winner.config),))
+    calls = {"ours": _ours(op, plan), **baseline_calls(op, ring.sets[0])}
+    if compile_plus:
+        calls |= _tuned_compile(op, ring, device)
+    compiled = time.perf_counter()
+    prepared = [runner(call, ring, device, effort) for call in calls.values()]
+    timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
+    times = {name: timing.median_us for name, timing in timings.items()}
+    variants = [times.pop(name) for name in list(times) if name.startswith("compile+ ")]
+    if variants:
+        times["compile+"] = min(variants)
+    moved = op.bytes_moved(problem, tokens)
+    times["floor"] = moved / bytes_per_us
+    better = min((kind for kind in BASELINE_KINDS if kind in times), key=lambda kind: times[kind])
+    ratio = gain(timings[better], timings["ours"])
+    row = {
+        "us": times,
+        "spread_us": timings["ours"].spread_us,
+        "gain": ratio.median,
+        "gain_low": ratio.low,
+        "gain_high": ratio.high,
+        "gain_over": better,
+        "error_in_tolerances": _error(op, problem, calls["ours"], ring.sets[0]),
+        "host_us": _host_us(calls["ours"], ring.sets[0]) if device.type == "cuda" else None,
+        "bytes": moved,
+        "bandwidth_bytes_per_us": bytes_per_us,
+        "config": str(winner.config),
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return {**row, "seconds": {"compile": compiled - start, "measure": time.perf_counter() - compiled}}
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what the last row held. Raises RuntimeError where a kernel has broken the GPU's context."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _ours(op: FusedOp, plan: Plan) -> Call:
+    overload, text = getattr(torch.ops.autofuse, op.name).default, str(plan)
+    return lambda *args: overload(*args, text)
+
+
+def _tuned_compile(op: FusedOp, ring: Ring, device: torch.device) -> dict[str, Call]:
+    calls = {}
+    for number, options in enumerate(TUNED_COMPILE if device.type == "cuda" else TUNED_COMPILE[:1]):
+        try:
+            calls[f"compile+ {number}"] = compiled_reference(op, ring.sets[0], options)[0]
+        except Exception as error:  # whatever Inductor or Triton raises: a column less, not a row
+            logger.warning("%s: torch.compile fails with %s: %s", op.name, options, error)
+    return calls
+
+
+def _error(op: FusedOp, problem: Problem, call: Call, args: tuple[Any, ...]) -> float:
+    pairs = zip(call(*args), op.exact(*args), strict=False)
+    return max(op.tolerance(problem, index).error(out, exact) for index, (out, exact) in enumerate(pairs))
+
+
+def _host_us(call: Call, args: tuple[Any, ...]) -> float:
+    """Host time of one call with the allocation of its results: the median of 30 rounds of 100 calls."""
+    rounds = []
+    for _ in range(31):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(100):
+            call(*args)
+        rounds.append((time.perf_counter_ns() - start) / 1e5)
+    torch.cuda.synchronize()
+    return statistics.median(rounds[1:])
