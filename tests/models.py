@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -136,13 +137,13 @@ def without_code_generation() -> Iterator[None]:
 
 
 class _Keep:
-    """A plain function of a pass that keeps the graph it is given."""
+    """A plain function of a pass that keeps a copy of the graph it is given: later passes change the graph itself."""
 
     def __init__(self) -> None:
         self.graph: torch.fx.Graph | None = None
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        self.graph = graph
+        self.graph = copy.deepcopy(graph)
 
 
 def post_grad_graph(

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-__all__ = ["Block", "Found", "NearMiss", "RMSNormBlock"]
+from autofuse.ops.quant import QuantFormat
+
+__all__ = [
+    "Angles",
+    "Block",
+    "CacheWriteBlock",
+    "Found",
+    "HeadRows",
+    "HeadwiseLinearBlock",
+    "NearMiss",
+    "QuantBlock",
+    "RMSNormBlock",
+    "RopeBlock",
+    "RopeRead",
+    "Slots",
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,11 @@ class Block:
 
     output: Node
     nodes: tuple[Node, ...]
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """All nodes of the block that others may read."""
+        return (self.output,)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,214 @@ class RMSNormBlock(Block):
     cast_before_weight: bool
     width: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class QuantBlock(Block):
+    """A quantisation of rows, in one of the formats of ``autofuse.ops.quant``. ``output`` holds the values.
+
+    Attributes:
+        input: the elements of the rows in order, [T, width] in any shape.
+        format: of the values and scales.
+        scales: what holds the scales that were found, in any shape (but [T, width / group] if they are not row-major);
+            None where nobody reads them, or where there are none (static FP8).
+        scale: the scale (static FP8) or global scale (NVFP4) that was given: one fp32 value. Else None.
+        width: N of the rows, a multiple of the format's group.
+        dtype: of input.
+        rounding: how its roundings may differ from those that the format is defined by; "" if they are the same. No
+            value differs by more than one unit in the last place of FP8, next to a tie.
+    """
+
+    input: Node
+    format: QuantFormat
+    scales: Node | None
+    scale: Node | None
+    width: int
+    dtype: torch.dtype
+    rounding: str
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        return (self.output,) if self.scales is None else (self.output, self.scales)
+
+
+@dataclass(frozen=True)
+class HeadwiseLinearBlock(Block):
+    """Each head's rows times the head's own matrix, and the heads side by side: ``[T, N, K] × [N, K, V] → [T, N, V]``.
+
+    MLA's W_UV (the attention's output) and W_UK (the absorbed query) are such products.
+
+    Attributes:
+        product: the ``bmm``: [N, T, K] × [N, K, V].
+        in_order: ``output`` and the views after it, each the only reader of the one before: all hold the product's
+            elements in the order [T, N, V].
+        tokens: T, an int or a SymInt.
+        heads, inner, outer: N, K, V.
+        dtype: of both factors.
+    """
+
+    product: Node
+    in_order: tuple[Node, ...]
+    tokens: int | torch.SymInt
+    heads: int
+    inner: int
+    outer: int
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> Node:
+        """[N, T, K], strided in any way."""
+        return self.product.args[0]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Node:
+        """[N, K, V], strided in any way."""
+        return self.product.args[1]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The cosines and sines of a rotary embedding, one of each for each token and pair of columns.
+
+    Attributes:
+        identity: equal for two angles of one graph only if these are the same.
+        pairs: R/2, of columns.
+        sizes: of the dimensions before the columns, as many as the rotated rows have; 1 where they do not vary.
+        table: [P, R], contiguous rows: a token's R/2 cosines, then as many sines; None if the graph has no such table.
+        positions: int64, the tokens' rows in ``table``; of ``sizes``, but for dimensions of size 1.
+        cos, sin: where there is no table: (node, its first column, the step between its columns that count); one
+            complex node for both holds cosines as real, sines as imaginary parts.
+    """
+
+    identity: str
+    pairs: int
+    sizes: tuple[Any, ...]
+    table: Node | None = None
+    positions: Node | None = None
+    cos: tuple[Node, int, int] | None = None
+    sin: tuple[Node, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows that are heads, as a graph holds them: some columns of the rows of a node.
+
+    Attributes:
+        first: the column of the first head's first element.
+        heads: how many heads lie side by side in the last dimension of ``node``; 0 if each row is a head.
+        stride: columns from head to head.
+    """
+
+    node: Node
+    first: int
+    heads: int = 0
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class RopeRead:
+    """A node that holds rotated rows, or some of their columns, and is read by others.
+
+    Attributes:
+        first, width: which columns of each head's result.
+        folded: whether the heads of a token lie side by side in its last dimension.
+    """
+
+    node: Node
+    first: int
+    width: int
+    folded: bool
+
+
+@dataclass(frozen=True)
+class RopeBlock(Block):
+    """Rows of heads, some columns of which are rotated in pairs (RoPE), while the others stay as they are.
+
+    The result has ``frame`` dimensions and ``width`` columns; it is read at ``reads``, the first of which is
+    ``output``.
+
+    Attributes:
+        frame: the dimensions of the rows: tokens and heads, in any order.
+        heads_at: which of these are the heads; None if that is not known from the block alone.
+        input: the rows before rotation. ``frame`` is its node's dimensions but the last, after more of size 1, and
+            before the number of heads if these lie side by side.
+        width: of a head in the result.
+        rotary_first, rotary_dim: which columns of the result are rotated.
+        is_neox: column i is paired with i + rotary_dim / 2 (NeoX), else even with odd neighbours (GPT-J).
+        reordered: the result is paired the other way: Hugging Face's DeepSeek-V3 turns neighbours into halves.
+        dtype: of input and result.
+        call: the operator's call and its argument's name, if an operator rotates.
+        spared: (node, where): what others read from a buffer that the rows were written back into, though nothing was
+            written there, and where the same rows are to be had.
+    """
+
+    frame: tuple[Any, ...]
+    heads_at: int | None
+    input: HeadRows
+    width: int
+    rotary_first: int
+    rotary_dim: int
+    is_neox: bool
+    reordered: bool
+    dtype: torch.dtype
+    angles: Angles
+    reads: tuple[RopeRead, ...]
+    call: tuple[Node, str] | None = None
+    spared: tuple[tuple[Node, HeadRows], ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        return (*(read.node for read in self.reads), *(node for node, _ in self.spared))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which rows of a cache tokens are written to.
+
+    Attributes:
+        index: int64. With ``per_block`` [S]: each block's rows, for the tokens (block, s). Else, of the tokens' shape:
+            a row counted from the first block's first, or, with ``blocks``, within its block.
+        blocks: the tokens' blocks, of the tokens' shape.
+        skips_negative: negative ones are of padded tokens, and nothing is written; else they count from the end.
+    """
+
+    index: Node
+    blocks: Node | None = None
+    per_block: bool = False
+    skips_negative: bool = False
+
+
+@dataclass(frozen=True)
+class CacheWriteBlock(Block):
+    """Rows that are written into a KV cache. ``output`` holds ``root`` after that.
+
+    Attributes:
+        root: what holds the cache before: an input of the graph or whatever the graph made.
+        layout: (sizes, strides, offset) of the cache as [blocks, block_size, heads, width] in ``root``'s storage.
+        whole: whether that is ``root`` as it is.
+        parts: what lies side by side in a row.
+        joined: what a ``cat`` that is read by the write alone puts side by side; empty if there is no such ``cat``.
+        tokens_at, heads_at: which dimensions of the first part are tokens, in their order, and which is the heads, if
+            any is; the last is the columns. The others are as the first, or lack the heads.
+        slots: where to.
+        dtype: of the cache.
+        not_in_place: why ``root`` itself must not be written to; "" if it may be.
+        call: the operator's call, if one writes; it may write another cache.
+        scale: what the operator calls the cache's dtype, and its scale.
+    """
+
+    root: Node
+    layout: tuple[tuple[Any, ...], tuple[Any, ...], Any]
+    whole: bool
+    parts: tuple[Node, ...]
+    tokens_at: tuple[int, ...]
+    heads_at: int | None
+    slots: Slots
+    dtype: torch.dtype
+    not_in_place: str
+    joined: tuple[Node, ...] = ()
+    call: Node | None = None
+    scale: tuple[str, Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,3 +302,15 @@ class Found:
 
     def rms_norms(self) -> list[RMSNormBlock]:
         return [block for block in self.blocks if isinstance(block, RMSNormBlock)]
+
+    def quants(self) -> list[QuantBlock]:
+        return [block for block in self.blocks if isinstance(block, QuantBlock)]
+
+    def headwise_linears(self) -> list[HeadwiseLinearBlock]:
+        return [block for block in self.blocks if isinstance(block, HeadwiseLinearBlock)]
+
+    def ropes(self) -> list[RopeBlock]:
+        return [block for block in self.blocks if isinstance(block, RopeBlock)]
+
+    def cache_writes(self) -> list[CacheWriteBlock]:
+        return [block for block in self.blocks if isinstance(block, CacheWriteBlock)]

@@ -26,7 +26,7 @@ from autofuse.graph.settings import Settings
 from autofuse.ops import OPS
 from autofuse.targets import KINDS
 
-__all__ = ["FusionPass", "StoppedError", "sources_hash"]
+__all__ = ["FusionPass", "StoppedError", "sources_hash", "without_overlaps"]
 
 # PyTorch 2.12 and later tell such passes whether the graph is for inference; a user's pass may want to know.
 _AwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
@@ -116,7 +116,7 @@ class FusionPass(_AwarePass):
         found, note = Found(), ""
         try:
             found = recognise(graph)
-            decided = [(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)]
+            decided = without_overlaps([(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)])
             found += Found(near_misses=tuple(miss for f in FUSIONS for miss in f.near_misses(found)))
         except Exception as error:  # a user's compilation must not end for want of a fusion
             note = _failure("leaves a graph as it is", error)
@@ -124,7 +124,8 @@ class FusionPass(_AwarePass):
         # What the reports say of a site is read before the rewrite erases its nodes.
         sites = [self._site_report(site, decision) for _, site, decision in decided]
         near_misses = tuple(self._near_miss_reports(found))
-        for index, (fusion, site, decision) in enumerate(decided):
+        for index in _rewriting_order(decided):
+            fusion, site, decision = decided[index]
             if decision.plan is not None and (why := _rewrite(graph, fusion, site, str(decision.plan))) is not None:
                 sites[index] = self._site_report(site, Decision(None, "refused", why, decision.problem))
         decider.remember_untuned()
@@ -152,7 +153,7 @@ class FusionPass(_AwarePass):
             plan=plan.name if plan else "",
             plan_text=str(plan or ""),
             rule=decision.rule,
-            reason=decision.reason,
+            reason="; ".join(filter(None, (decision.reason, site.note() if plan else ""))),
             gain=decision.gain,
             gain_low=decision.gain_low,
         )
@@ -168,6 +169,48 @@ class FusionPass(_AwarePass):
             )
             for miss in found.near_misses
         ]
+
+
+Decided = tuple[Fusion, Site, Decision]
+
+
+def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
+    """The same sites, but of those to be fused no two that replace one node: what saves more time is kept.
+
+    Among sites that nobody measured, it is the one that replaces more nodes. One after the other, the best first; which
+    set of sites would save the most in all is not searched.
+    """
+    wanted = [index for index, (_, _, decision) in enumerate(decided) if decision.plan is not None]
+    wanted.sort(key=lambda index: _worth(*decided[index][1:]), reverse=True)
+    kept: list[int] = []
+    result = list(decided)
+    for index in wanted:
+        fusion, site, decision = decided[index]
+        rival = next((other for other in kept if decided[other][1].nodes & site.nodes), None)
+        if rival is None:
+            kept.append(index)
+            continue
+        _, winner, better = decided[rival]
+        won, this = _merit(winner, better), _merit(site, decision)
+        reason = f"{winner.op} ({winner.fusion}) replaces nodes of it and {won}; this one {this}"
+        lost = Decision(None, "overlap", reason, decision.problem, decision.gain, decision.gain_low, decision.saved_us)
+        result[index] = (fusion, site, lost)
+    return result
+
+
+def _worth(site: Site, decision: Decision) -> tuple[bool, float, int]:
+    return decision.saved_us is not None, decision.saved_us or 0.0, len(site.nodes)
+
+
+def _merit(site: Site, decision: Decision) -> str:
+    if decision.saved_us is None:
+        return f"was never tuned and replaces {len(site.nodes)} nodes"
+    return f"saves {decision.saved_us:.2f} µs"
+
+
+def _rewriting_order(decided: Sequence[Decided]) -> list[int]:
+    """The last sites of the graph first: a site's inputs may be outputs of others, which must still be there."""
+    return sorted(range(len(decided)), key=lambda index: decided[index][1].first, reverse=True)
 
 
 def _rewrite(graph: Graph, fusion: Fusion, site: Site, plan: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["RefusedError", "check_no_mutation", "nodes_to_hoist"]
+__all__ = ["RefusedError", "check_movable", "check_no_mutation", "nodes_to_hoist"]
 
 _PURE_PYTHON_MODULES = ("_operator", "builtins", "math", operator.__name__)
 
@@ -50,6 +50,12 @@ def _movable(node: Node) -> bool:
     return _is_sized_arithmetic(node.target)
 
 
+def check_movable(node: Node, before: Node) -> None:
+    """Raises RefusedError if ``node`` must stay where it is, and so cannot be moved above ``before``."""
+    if not _movable(node):
+        raise RefusedError(f"{node} ({node.target}) cannot be moved above {before}")
+
+
 def nodes_to_hoist(needed: Iterable[Node], before: Node) -> tuple[Node, ...]:
     """What must be moved above ``before`` so that ``needed`` can be read there, in graph order.
 
@@ -63,8 +69,7 @@ def nodes_to_hoist(needed: Iterable[Node], before: Node) -> tuple[Node, ...]:
             continue
         if node is before:
             raise RefusedError(f"one of its inputs depends on the result {before} of the other half")
-        if not _movable(node):
-            raise RefusedError(f"{node} ({node.target}) cannot be moved above {before}")
+        check_movable(node, before)
         hoisted.add(node)
         todo += node.all_input_nodes
     return tuple(sorted(hoisted))

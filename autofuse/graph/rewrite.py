@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Block
 from autofuse.graph.moves import RefusedError
-from autofuse.graph.recognise.nodes import same_size, shape
+from autofuse.graph.recognise.nodes import concrete, same_size, shape
 from autofuse.graph.rows import Rows
 
 __all__ = ["Replacement", "rows_as_matrix"]
@@ -33,6 +33,7 @@ class Replacement:
     def __init__(self, graph: Graph, before: Node, like: Node) -> None:
         self._graph = graph
         self._before = before
+        self._like = like
         self._origin = {key: like.meta[key] for key in _ORIGIN if key in like.meta}
         self._new: list[Node] = []
 
@@ -44,20 +45,20 @@ class Replacement:
             for node in reversed(self._new):
                 self._graph.erase_node(node)
 
-    def call(self, target: Any, *args: Any) -> Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node; its value is computed on fake tensors, without adding guards. Raises what ``target`` raises."""
         with self._graph.inserting_before(self._before):
-            node = self._graph.call_function(target, args)
+            node = self._graph.call_function(target, args, kwargs)
         self._new.append(node)
         node.meta.update(self._origin)
-        values = torch.fx.map_arg(args, lambda arg: arg.meta["val"])
-        mode = detect_fake_mode([arg.meta["val"] for arg in node.all_input_nodes])
+        values, named = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        mode = detect_fake_mode([arg.meta["val"] for arg in (*node.all_input_nodes, self._like)])
         with contextlib.ExitStack() as stack:
             if mode is not None:
                 stack.enter_context(mode)
                 if mode.shape_env is not None:
                     stack.enter_context(mode.shape_env.suppress_guards())
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **named)
         return node
 
     def getitem(self, node: Node, index: int) -> Node:
@@ -65,7 +66,10 @@ class Replacement:
 
     def reshape_like(self, node: Node, like: Node, sized: Node) -> Node:
         """``node`` in the shape of ``like``. Symbolic sizes are those of ``sized``, which has them and comes before."""
-        sizes = shape(like)
+        return self.reshape(node, shape(like), sized)
+
+    def reshape(self, node: Node, sizes: Sequence[Any], sized: Node) -> Node:
+        """``node`` with these sizes. Symbolic ones are those of ``sized``, which has them and comes before."""
         now = shape(node)
         if len(now) == len(sizes) and all(same_size(a, b) for a, b in zip(now, sizes, strict=True)):
             return node
@@ -73,17 +77,25 @@ class Replacement:
         target: list[Any] = list(sizes)
         for dim in symbolic:
             # One size may be left to reshape to find.
-            target[dim] = -1 if dim == symbolic[-1] else self._size(sizes[dim], sized)
+            target[dim] = -1 if dim == symbolic[-1] else self.size(sizes[dim], sized)
         return self.call(aten.reshape.default, node, target)
 
-    def _size(self, size: Any, sized: Node) -> Node:
+    def size(self, size: Any, sized: Node) -> Any:
+        """``size`` as an argument: a number, or a node that holds it. Raises RefusedError if there is none."""
+        if (number := concrete(size)) is not None:
+            return number
         for node in self._graph.find_nodes(op="placeholder"):
             if isinstance(node.meta.get("val"), torch.SymInt) and same_size(node.meta["val"], size):
                 return node
-        for dim, other in enumerate(shape(sized)):
-            if same_size(other, size):
-                return self.call(aten.sym_size.int, sized, dim)
+        value = sized.meta["val"]
+        for target, others in ((aten.sym_size.int, value.shape), (aten.sym_stride.int, value.stride())):
+            for dim, other in enumerate(others):
+                if same_size(other, size):
+                    return self.call(target, sized, dim)
         raise RefusedError(f"no node holds the size {size}")
+
+    def numbers(self, sizes: Sequence[Any], sized: Node) -> list[Any]:
+        return [self.size(size, sized) for size in sizes]
 
     def hoist(self, nodes: Iterable[Node]) -> None:
         """Moves ``nodes``, given in graph order, above the new ones."""
@@ -91,12 +103,35 @@ class Replacement:
         for node in nodes:
             first.prepend(node)
 
+    def redirect(self, pairs: Iterable[tuple[Node, Node]]) -> None:
+        """Gives the users of each first node the second."""
+        for old, result in pairs:
+            old.replace_all_uses_with(result)
+
+    def erase(self, nodes: Iterable[Node]) -> None:
+        """Erases those of ``nodes`` that nobody reads any more, and what only they read."""
+        todo = sorted(nodes)
+        while todo:
+            node = todo.pop()
+            if not node._erased and _is_dead(node):
+                inputs = node.all_input_nodes
+                self._graph.erase_node(node)
+                todo += [above for above in inputs if _is_dead(above)]
+
     def replace(self, block: Block, result: Node, views: Iterable[Node]) -> None:
         """Gives ``block``'s users ``result``; erases the block, and those of ``views`` that nobody reads any more."""
         block.output.replace_all_uses_with(result)
         for node in sorted({*block.nodes, *views}, reverse=True):
             if not node.users:
                 self._graph.erase_node(node)
+
+
+def _is_dead(node: Node) -> bool:
+    """Whether nothing would be missed if ``node`` were gone."""
+    if node.users or node.op != "call_function":
+        return False
+    target = node.target
+    return not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
 
 
 def rows_as_matrix(new: Replacement, rows: Rows) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.fx import Node
 
 from autofuse.graph.recognise.nodes import concrete, is_call, is_getitem, is_view, shape, tensor
 
-__all__ = ["Linear", "Rows", "linear_of", "matrix_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
+__all__ = ["Linear", "Rows", "is_stored", "linear_of", "matrix_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
 
 aten = torch.ops.aten
 
@@ -122,12 +123,32 @@ def linear_of(base: Node) -> Linear | None:
     return None
 
 
-def splits_into_heads(output: Node) -> Node | None:
-    """The first reshape that cuts the rows of ``output`` into pieces, as attention heads do; None if there is none."""
+def is_stored(base: Node) -> bool:
+    """Whether Inductor has ``base`` in memory anyway: an input, or what an operator computes that it calls as it is.
+
+    All else it would compute within the kernel that reads it; taking that reader away would cost what it saves.
+    """
+    if base.op in ("placeholder", "get_attr") or linear_of(base) is not None or is_call(base, aten.bmm.default):
+        return True
+    made: Any = base.args[0] if is_getitem(base) else base
+    target = made.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in ("aten", "prims")
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def splits_into_heads(output: Node, but: Collection[Node] = ()) -> Node | None:
+    """The first reshape that cuts the rows of ``output`` into pieces, as attention heads do; None if there is none.
+
+    Args:
+        but: nodes that cut rows for another reason.
+    """
     todo = [output]
     while todo:
         node = todo.pop()
         for user in node.users:
+            if user in but:
+                continue
             if is_view(user):
                 todo.append(user)
             elif is_call(user, aten.reshape.default, aten.view.default) and user.args[0] is node:

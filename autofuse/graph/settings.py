@@ -81,7 +81,7 @@ class Settings:
 
 
 def _flag_names() -> list[str]:
-    return [fusion.name for fusion in FUSIONS]
+    return [*dict.fromkeys(fusion.name for fusion in FUSIONS)]
 
 
 def _names() -> list[str]:

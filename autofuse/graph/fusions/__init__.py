@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from autofuse.graph.fusions.attn_quant import AttnQuant
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
+from autofuse.graph.fusions.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
+from autofuse.graph.fusions.norm_quant import MlaDualNormQuant, NormQuant
+from autofuse.graph.fusions.quant import Quant
+from autofuse.graph.fusions.rope_kv_cache import RopeKvCache
 
 __all__ = ["FUSIONS", "Fusion", "Site"]
 
-FUSIONS: tuple[Fusion, ...] = (MlaDualRMSNorm(),)
+FUSIONS: tuple[Fusion, ...] = (
+    MlaDualRMSNorm(),
+    MlaDualNormQuant(),
+    NormQuant(),
+    Quant(),
+    RopeKvCache(),
+    MlaRopeKvCacheCat(),
+    AttnQuant(),
+)

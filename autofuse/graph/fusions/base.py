@@ -25,7 +25,7 @@ class Site:
         params: what the op makes its problem of; a tuple, so that sites can be compared.
         tokens: T, an int or a SymInt.
         device: where its tensors live.
-        blocks: what it replaces. Two sites never share a block.
+        blocks: what it replaces. Where two sites share a node of theirs, only one of them is fused.
         refusal: why it must not be fused, though it matches; None if it may be.
     """
 
@@ -42,6 +42,16 @@ class Site:
         """The node that stands for the site in reports."""
         return self.blocks[0].output
 
+    @property
+    def nodes(self) -> frozenset[Node]:
+        """All nodes that it replaces."""
+        return frozenset(node for block in self.blocks for node in block.nodes)
+
+    @property
+    def first(self) -> Node:
+        """The first of its blocks' outputs in the graph. Whatever reads another site's outputs comes after this."""
+        return min(output for block in self.blocks for output in block.outputs)
+
     def problem_params(self) -> Mapping[str, Any]:
         return dict(self.params)
 
@@ -51,6 +61,10 @@ class Site:
         Only asked of a site that is not refused. What is left out is taken to be aligned for every kernel.
         """
         return {}
+
+    def note(self) -> str:
+        """What a user should know of fusing it, beside whether it is faster; "" if nothing."""
+        return ""
 
 
 class Fusion(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,14 @@ class MlaDualRMSNorm(Fusion):
     level = 1
 
     def match(self, found: Found) -> list[Site]:
-        return [_site(q, kv) for q, kv in _pair(found.rms_norms())[0]]
+        return [*self.pairs(found)]
+
+    def pairs(self, found: Found) -> list[DualNormSite]:
+        """All sites, with their refusals."""
+        return [_site(q, kv) for q, kv in _pair(found)[0]]
 
     def near_misses(self, found: Found) -> list[NearMiss]:
-        return _pair(found.rms_norms())[1]
+        return _pair(found)[1]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormSite)
@@ -92,12 +96,13 @@ class MlaDualRMSNorm(Fusion):
         new.replace(site.kv, results[1], site.kv_rows.views)
 
 
-def _pair(blocks: list[RMSNormBlock]) -> tuple[list[tuple[_Half, _Half]], list[NearMiss]]:
+def _pair(found: Found) -> tuple[list[tuple[_Half, _Half]], list[NearMiss]]:
     """The two norms of each MLA layer, (q, kv); and norms of one projection, or of one layer's, that are no such pair.
 
     Norms whose results are cut into heads are attention's QK-norm, and no near miss.
     """
-    halves = [_Half(block, rows) for block in blocks if (rows := rows_of(block.input)) is not None]
+    halves = [_Half(block, rows) for block in found.rms_norms() if (rows := rows_of(block.input)) is not None]
+    groups = {node for quant in found.quants() for node in quant.nodes}
     pairs: list[tuple[_Half, _Half]] = []
     misses: list[NearMiss] = []
     by_base: dict[Node, list[_Half]] = defaultdict(list)
@@ -117,13 +122,13 @@ def _pair(blocks: list[RMSNormBlock]) -> tuple[list[tuple[_Half, _Half]], list[N
             why = f"the columns of {base} that its two norms read overlap: {first.rows}, {second.rows}"
         else:
             why = ""
-        if not why and _are_latents(group):
+        if not why and _are_latents(group, groups):
             pairs.append((first, second))
-        elif why and linear is not None and _are_latents(group):
+        elif why and linear is not None and _are_latents(group, groups):
             misses.append(_near_miss(group, why))
     for activations, group in single.items():
         pair = _roles(*group) if len(group) == 2 else None
-        if len(group) < 2 or not _are_latents(group):
+        if len(group) < 2 or not _are_latents(group, groups):
             continue
         if pair is not None:
             pairs.append(pair)
@@ -154,9 +159,13 @@ def _roles(one: _Half, other: _Half) -> tuple[_Half, _Half] | None:
     return None
 
 
-def _are_latents(halves: Sequence[_Half]) -> bool:
-    """No latent is cut into heads right after its norm; the queries and keys of attention with QK-norm are."""
-    return all(splits_into_heads(half.block.output) is None for half in halves)
+def _are_latents(halves: Sequence[_Half], groups: Collection[Node]) -> bool:
+    """No latent is cut into heads right after its norm; the queries and keys of attention with QK-norm are.
+
+    Args:
+        groups: nodes that cut rows into groups, to quantise them.
+    """
+    return all(splits_into_heads(half.block.output, groups) is None for half in halves)
 
 
 def _site(q: _Half, kv: _Half) -> DualNormSite:

@@ -11,11 +11,21 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from autofuse.graph.blocks import Found
+from autofuse.graph.recognise.attention_output import find_headwise_linears
+from autofuse.graph.recognise.kv_cache import find_cache_writes
+from autofuse.graph.recognise.quant import find_quants
 from autofuse.graph.recognise.rms_norm import find_rms_norms
+from autofuse.graph.recognise.rope import find_ropes
 
 __all__ = ["RECOGNISERS", "recognise"]
 
-RECOGNISERS: tuple[Callable[[Graph], Found], ...] = (find_rms_norms,)
+RECOGNISERS: tuple[Callable[[Graph], Found], ...] = (
+    find_rms_norms,
+    find_quants,
+    find_headwise_linears,
+    find_ropes,
+    find_cache_writes,
+)
 
 
 def recognise(graph: Graph) -> Found:

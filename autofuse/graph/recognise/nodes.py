@@ -18,9 +18,12 @@ __all__ = [
     "is_call",
     "is_getitem",
     "is_view",
+    "keeps_order",
     "operands",
     "product",
     "same_size",
+    "same_sizes",
+    "same_value",
     "scaled_by",
     "shape",
     "tensor",
@@ -73,6 +76,14 @@ def concrete(size: Any) -> int | None:
     return expr if isinstance(expr, int) else None
 
 
+def keeps_order(node: Any) -> bool:
+    """Whether ``node`` holds all elements of its input in their order, whatever its shape and strides."""
+    if is_call(node, aten.expand.default):  # as matmul has it, to no avail
+        before, after = shape(node.args[0]), shape(node)
+        return len(before) == len(after) and all(map(same_size, before, after))
+    return is_call(node, *_VIEWS, aten.clone.default)
+
+
 def product(sizes: Sequence[Any]) -> Any:
     total: Any = 1
     for size in sizes:
@@ -84,6 +95,40 @@ def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are equal for every value of their symbols, as far as simplifying tells."""
     left, right = expression(left), expression(right)
     return bool(left == right or (left - right) == 0)
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are equal, for every value of their symbols."""
+    return len(left) == len(right) and all(same_size(a, b) for a, b in zip(left, right, strict=True))
+
+
+def same_value(one: Any, other: Any, depth: int = 8) -> bool:
+    """Whether two nodes are one, or the same functions of the same nodes: nobody merges these before us."""
+    if one is other:
+        return True
+    if not (isinstance(one, Node) and isinstance(other, Node)) or depth == 0:
+        return not isinstance(one, (Node, torch.SymInt)) and type(one) is type(other) and bool(one == other)
+    if one.op != "call_function" or one.target is not other.target or not _is_function(one.target):
+        return False
+    if len(one.args) != len(other.args) or one.kwargs.keys() != other.kwargs.keys():
+        return False
+    pairs = [*zip(one.args, other.args, strict=True), *((one.kwargs[key], other.kwargs[key]) for key in one.kwargs)]
+    return all(_same_argument(a, b, depth - 1) for a, b in pairs)
+
+
+def _same_argument(one: Any, other: Any, depth: int) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(same_value(a, b, depth) for a, b in zip(one, other, strict=True))
+    return same_value(one, other, depth)
+
+
+def _is_function(target: Any) -> bool:
+    """Whether an operator gives the same result for the same arguments, and does nothing else."""
+    if target is operator.getitem:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and not (
+        target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    )
 
 
 def constant(arg: Any) -> float | None:

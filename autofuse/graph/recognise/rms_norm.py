@@ -1,7 +1,7 @@
 """Finds RMSNorm: ``x * rsqrt(mean(x²) + eps) * weight``, in the dialects of PyTorch, Hugging Face and vLLM.
 
-Each search starts from an anchor, the reciprocal root, and looks at a handful of nodes around it; so its time grows
-with the number of roots in a graph, not with the graph.
+Each search starts from an anchor, the reciprocal root or a call of one of vLLM's operators, and looks at a handful of
+nodes around it; so its time grows with the number of anchors in a graph, not with the graph.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Found, NearMiss, RMSNormBlock
+from autofuse.graph.recognise.custom_ops import CustomCall, custom_calls
 from autofuse.graph.recognise.nodes import (
     cast_source,
     concrete,
@@ -43,9 +44,10 @@ def find_rms_norms(graph: Graph) -> Found:
     """All RMSNorms with a weight in a post-grad graph, and what came close to being one."""
     blocks: list[RMSNormBlock] = []
     near_misses: list[NearMiss] = []
-    for node in _anchors(graph):
+    calls = {call.node: call for call in custom_calls(graph) if call.name in _OPS}
+    for node in sorted([*_anchors(graph), *calls]):
         try:
-            block = _match(node)
+            block = _match_op(calls[node]) if node in calls else _match(node)
         except _OffError as off:
             near_misses.append(NearMiss("RMSNorm", node, str(off)))
             continue
@@ -55,7 +57,7 @@ def find_rms_norms(graph: Graph) -> Found:
 
 
 def _anchors(graph: Graph) -> list[Node]:
-    found = [
+    return [
         *graph.find_nodes(op="call_function", target=aten.rsqrt.default),
         *graph.find_nodes(op="call_function", target=aten.sqrt.default),
         *(
@@ -64,7 +66,32 @@ def _anchors(graph: Graph) -> list[Node]:
             if node.args[1] in (-0.5, 0.5)
         ),
     ]
-    return sorted(found)
+
+
+_OPS = ("vllm_ir::rms_norm", "_C::rms_norm")
+"""vLLM's operators; both cast before they multiply by the weight."""
+
+
+def _match_op(call: CustomCall) -> RMSNormBlock:
+    """The RMSNorm that an operator is. Raises _OffError."""
+    rows, output = call.args.get("x", call.args.get("input")), call.node
+    dtype, width = dtype_of(rows), concrete(shape(rows)[-1])
+    if width is None or dtype is None:
+        raise _OffError(f"the width of its rows, {shape(rows)[-1]}, is not known while compiling")
+    if call.args.get("variance_size") not in (None, width):
+        raise _OffError(f"its mean is over {call.args['variance_size']} of {width} columns")
+    if call.args["weight"] is None:
+        raise _OffError("it has no weight")
+    eps = constant(call.args["epsilon"])
+    if eps is None:
+        raise _OffError(_EPS_ADVICE.format(node=call.args["epsilon"]))
+    result = call.written.get("result")
+    if result is not None:
+        if result.item is None or result.layout is not None:
+            raise _OffError(f"it writes to a part of the buffer {result.before}")
+        output = result.item
+    before = dtype != torch.float32
+    return _checked(rows, call.args["weight"], eps, before, width, dtype, output, rows, call.own_nodes())
 
 
 def _match(anchor: Node) -> RMSNormBlock | None:
