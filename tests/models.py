@@ -93,6 +93,33 @@ def deepseek(version: int, layers: int = 3, bias: bool = False, dtype: torch.dty
     return model_class(config).to(dtype).eval()
 
 
+def decoder(kind: str, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Hugging Face's model of that name (llama, mistral, phi3, qwen3): true structure, tiny widths, random weights.
+
+    Phi-3 has one projection and rotates half of each head, Qwen3 norms its heads first.
+    """
+    import transformers
+
+    name = {"llama": "Llama", "mistral": "Mistral", "phi3": "Phi3", "qwen3": "Qwen3"}[kind]
+    extra: dict[str, Any] = {
+        "mistral": {"sliding_window": None},
+        "phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0, "eos_token_id": 1},
+    }.get(kind, {})
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        **extra,
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+
+
 def static_cache(model: nn.Module, prompt: torch.Tensor | None = None) -> Any:
     """A StaticCache for ``model``, filled with ``prompt`` if there is one."""
     from transformers import StaticCache

@@ -124,6 +124,7 @@ def test_dynamic_tokens(write):
         torch._dynamo.mark_dynamic(tensor, 0)
     site = assert_marked(Gqa(vllm_neox, write), (x, positions), cache)
     assert site.tokens == "2…∞"
+    assert ("cache=none" if write is None else "cache=auto") in site.problem
 
 
 @pytest.mark.parametrize("write", [flat, by_block, None], ids=["flat", "by block", "no cache"])
@@ -301,20 +302,23 @@ def test_two_steps_into_one_cache_keep_their_order():
 
 def test_key_and_value_in_one_cache_are_refused():
     def write(k_cache, v_cache, slots, k, v):
-        k_cache.view(-1, KV, D)[slots] = k
-        k_cache.view(-1, KV, D)[slots] = v
+        for rows in (k, v):
+            k_cache[slots // BLOCK, slots % BLOCK] = rows
 
-    assert "read before it is put back" in refusal(Gqa(vllm_neox, write), *hidden(), *paged(T))
+    assert "is written to twice" in refusal(Gqa(vllm_neox, write), *hidden(), *paged(T))
 
 
-def test_caches_in_one_tensor_are_written_in_place():
+@pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
+@pytest.mark.parametrize("write", [flat, by_block, operator])
+def test_caches_in_one_tensor_are_written_in_place(write, version):
     class Stacked(Gqa):
         def forward(self, x, positions, caches, slots):
             keys, values = caches.unbind(0)
             return super().forward(x, positions, keys, values, slots)
 
     k_cache, v_cache, slots = paged(T)
-    code = code_of(Stacked(vllm_neox, flat), hidden(), (torch.stack([k_cache, v_cache]), slots))
+    with inductor_config.patch(enable_auto_functionalized_v2=version == 2):
+        code = code_of(Stacked(vllm_neox, write), hidden(), (torch.stack([k_cache, v_cache]), slots))
     assert last_reports()[-1].fused == 1, last_reports()[-1]
     assert not re.findall(r"copy_\(|clone|select_scatter|index_put", code)
 
@@ -348,7 +352,7 @@ def columns_for_heads(k_cache, v_cache, slots, k, v):
         (heads_reversed, "cache=none"),
         (key_alone, "no write beside that of the key"),
         (other_slots, "no write beside that of the key"),
-        (columns_for_heads, "is not clear"),
+        (columns_for_heads, "no write beside that of the key"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

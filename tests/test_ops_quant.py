@@ -53,7 +53,7 @@ class Kernel:
             results = torch.ops.autofuse.fp8_group_quant(*args)
         values, scales = results
         assert values.device.type == scales.device.type == self.device.type
-        return values.cpu(), scales.cpu()
+        return values.cpu(), torch.empty_strided(scales.shape, scales.stride(), dtype=scales.dtype).copy_(scales)
 
 
 @pytest.fixture(

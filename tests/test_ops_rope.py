@@ -179,7 +179,7 @@ def test_a_row_of_fp8_ds_mla_is_values_and_scales_and_k_pe(rope: Any, dtype: str
     rows = args[CACHE].view(-1, 656)[args[SLOTS]]
     values, scales = rows[:, :512].view(torch.float8_e4m3fn).float(), rows[:, 512:528].view(torch.float32)
     amax = args[KV_C].float().unflatten(-1, (4, 128)).abs().amax(-1)
-    assert torch.equal(scales, (amax / 448).clamp(min=torch.finfo(torch.float32).tiny))
+    assert torch.equal(scales, (amax / torch.full_like(amax, 448)).clamp(min=torch.finfo(torch.float32).tiny))
     decoded = (values.unflatten(-1, (4, 128)) * scales[..., None]).flatten(-2)
     torch.testing.assert_close(decoded, args[KV_C].float(), rtol=1 / 16, atol=1e4 / 448 / 512)
     assert torch.equal(rows[:, 528:].view(k_pe.dtype), k_pe)

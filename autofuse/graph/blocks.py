@@ -251,6 +251,7 @@ class CacheWriteBlock(Block):
         layout: (sizes, strides, offset) of the cache as [blocks, block_size, heads, width] in ``root``'s storage.
         whole: whether that is ``root`` as it is.
         parts: what lies side by side in a row.
+        selected: (dimension, index) of ``root`` that the cache is all of, if it is one of several in a tensor.
         joined: what a ``cat`` that is read by the write alone puts side by side; empty if there is no such ``cat``.
         tokens_at, heads_at: which dimensions of the first part are tokens, in their order, and which is the heads, if
             any is; the last is the columns. The others are as the first, or lack the heads.
@@ -270,6 +271,7 @@ class CacheWriteBlock(Block):
     slots: Slots
     dtype: torch.dtype
     not_in_place: str
+    selected: tuple[int, int] | None = None
     joined: tuple[Node, ...] = ()
     call: Node | None = None
     scale: tuple[str, Node] | None = None

@@ -18,7 +18,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, HeadRows, RopeBlock, RopeRead, Slots
-from autofuse.graph.moves import RefusedError
+from autofuse.graph.moves import RefusedError, nodes_to_hoist
 from autofuse.graph.recognise.nodes import concrete, dtype_of, product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement
 
@@ -196,6 +196,7 @@ class SharedValues:
         self._new = new
         self._before = before
         self._made: list[tuple[Replacement, dict[Hashable, Node], Hashable]] = []
+        self._later: list[Node] = []
 
     def __enter__(self) -> SharedValues:
         return self
@@ -209,13 +210,19 @@ class SharedValues:
             replacement.__exit__(error, value, trace)
             del known[key]
 
+    def with_later(self, hoist: Sequence[Node]) -> tuple[Node, ...]:
+        """``hoist``, and what must also move up: values that were made for sites further down. Raises RefusedError."""
+        return tuple(sorted({*hoist, *nodes_to_hoist(self._later, before=self._before)}))
+
     def get(self, key: Hashable, inputs: Sequence[Node], build: Callable[[Replacement], Node]) -> Node:
         """The value ``build`` makes of ``inputs``, for all who ask with this key and these inputs."""
         last = max(inputs)
-        if not last < self._before:
-            return build(self._new)  # what it is made of must be moved first
         known: dict[Hashable, Node] = last.meta.setdefault("autofuse_shared", {})
-        if key not in known:
+        if key in known:
+            self._later += [] if known[key] < self._before else [known[key]]
+        elif not last < self._before:
+            return build(self._new)  # what it is made of must be moved first
+        else:
             place = last.next
             while place.op in ("placeholder", "get_attr"):
                 place = place.next

@@ -125,7 +125,7 @@ def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
 
 
 def _not_too_large(config: Config, problem: Problem, tokens: int) -> bool:
-    smallest = _TILE * config["WARPS"] if config["STAGED"] else _WARP_ROWS * config["TILES"]
+    smallest = _TILE if config["STAGED"] else _WARP_ROWS * config["TILES"]
     return config["TOKENS"] <= max(2 * tokens - 1, smallest)
 
 

@@ -160,6 +160,7 @@ class MlaRopeKvCacheCat(Fusion):
             results += replace_rope(new, pair.k, k_pe, new.call(aten.unsqueeze.default, rotated, 1))
             results += kept
             results += [(cache.write.output, caches[cache.root]) for cache in site.caches]
+            hoist = shared.with_later(hoist)
         new.hoist(hoist)
         new.redirect(results)
         new.erase(site.nodes)
@@ -184,7 +185,7 @@ def _site(pair: RopePair) -> MlaRopeSite:
         fusion=MlaRopeKvCacheCat.name,
         op=MlaRopeKvCacheCat.op,
         params=(),
-        tokens=product(pair.k.frame),
+        tokens=product(pair.k.angles.sizes),
         device=value.device,
         blocks=(pair.q, pair.k, *pair.writes),
         refusal=None,

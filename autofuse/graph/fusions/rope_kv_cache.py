@@ -154,6 +154,7 @@ class RopeKvCache(Fusion):
                 *kept,
                 *((cache.write.output, caches[cache.root]) for cache in site.caches),
             ]
+            hoist = shared.with_later(hoist)
         new.hoist(hoist)
         new.redirect(results)
         new.erase(site.nodes)
@@ -176,7 +177,7 @@ def _site(pair: RopePair, norms: Mapping[Node, RMSNormBlock]) -> RopeKvCacheSite
         fusion=RopeKvCache.name,
         op=RopeKvCache.op,
         params=_params(pair, q, k, folded),
-        tokens=product(pair.k.frame if k is None else k.tokens),
+        tokens=product(pair.k.angles.sizes if k is None else k.tokens),
         device=value.device,
         blocks=(pair.q, pair.k, *pair.writes, *folded),
         refusal=refusal,

@@ -65,7 +65,8 @@ class RopePair:
     Attributes:
         key_write: writes rows of which ``key_part`` is the rotated key; None if nothing does.
         value_write: the write beside that, to the same slots; None if there is none, or if it is not clear which.
-        unclear: why it is not clear.
+        between: the views between the rotated key and its write, if nobody else reads them.
+        unclear: why it is not clear which write is the value's.
     """
 
     q: RopeBlock
@@ -73,23 +74,8 @@ class RopePair:
     key_write: CacheWriteBlock | None = None
     key_part: int = 0
     value_write: CacheWriteBlock | None = None
+    between: tuple[Node, ...] = ()
     unclear: str = ""
-
-    @property
-    def between(self) -> tuple[Node, ...]:
-        """The views between the rotated key and its write, if nobody else reads them."""
-        if self.key_write is None:
-            return ()
-        chain = _views_up_to(self.key_write.parts[self.key_part], {read.node for read in self.k.reads})
-        assert chain is not None
-        own = set(self.key_write.nodes)
-        found: list[Node] = []
-        for node in chain[:-1]:
-            if any(user not in own for user in node.users):
-                break
-            own.add(node)
-            found.append(node)
-        return tuple(found)
 
     def root_of(self, write: CacheWriteBlock) -> Node:
         """Whose storage a write's cache lies in: what it was before the other write, if it follows that."""
@@ -249,12 +235,12 @@ def _with_writes(
         return RopePair(q, k, *mine[0], unclear=f"the rotated key {k.output} is written to several caches")
     key_write, part = mine[0]
     if len(key_write.parts) > 1:
-        return RopePair(q, k, key_write, part)
-    of_ropes = {write.output for write, _ in written.values()}
+        return RopePair(q, k, key_write, part, between=_between(k, key_write, part))
+    of_ropes = {_place(write) for write, _ in written.values()}
     beside = [
         write
         for write in writes
-        if write.output not in of_ropes and len(write.parts) == 1 and _same_slots(write, key_write)
+        if _place(write) not in of_ropes and len(write.parts) == 1 and _same_slots(write, key_write)
     ]
     if key_write.call is not None or any(write.call is not None for write in beside):
         beside = [write for write in beside if write.call is key_write.call]
@@ -264,7 +250,25 @@ def _with_writes(
     if len(beside) != 1:
         what = "no write" if not beside else f"{len(beside)} writes"
         return RopePair(q, k, key_write, part, unclear=f"there is {what} beside that of the key to the same slots")
-    return RopePair(q, k, key_write, part, beside[0])
+    return RopePair(q, k, key_write, part, beside[0], _between(k, key_write, part))
+
+
+def _between(k: RopeBlock, write: CacheWriteBlock, part: int) -> tuple[Node, ...]:
+    chain = _views_up_to(write.parts[part], {read.node for read in k.reads})
+    assert chain is not None
+    own = set(write.nodes)
+    found: list[Node] = []
+    for node in chain[:-1]:
+        if any(user not in own for user in node.users):
+            break
+        own.add(node)
+        found.append(node)
+    return tuple(found)
+
+
+def _place(write: CacheWriteBlock) -> tuple[Node, str]:
+    """Tells writes apart, also two that one call makes to one tensor."""
+    return write.output, str(write.layout[2])
 
 
 def _same_slots(one: CacheWriteBlock, other: CacheWriteBlock) -> bool:
@@ -533,9 +537,28 @@ def check_caches(writes: Sequence[CacheWriteBlock], first: Node) -> None:
                 continue
             if not node < first:
                 raise RefusedError(f"the cache {write.root}, as it was before, is read by {node}")
-    roots = [write.root for write in writes if write.root not in after]
-    if len(set(roots)) != len(roots) and len({id(write.call) for write in writes}) > 1:
+    roots = [write.root for write in writes]
+    if len(writes) == 2 and (roots[0] is roots[1] or after & {*roots}) and not _are_apart(*writes):
         raise RefusedError(f"one cache, {roots[0]}, is written to twice")
+
+
+def _are_apart(one: CacheWriteBlock, other: CacheWriteBlock) -> bool:
+    """Whether two caches in one tensor have no element in common."""
+    if one.selected is not None and other.selected is not None:
+        dims, indices = zip(one.selected, other.selected, strict=True)
+        return dims[0] == dims[1] and min(indices) >= 0 and indices[0] != indices[1]
+    first, second = sorted((_extent(one), _extent(other)))
+    return 0 < first[1] <= second[0]
+
+
+def _extent(write: CacheWriteBlock) -> tuple[int, int]:
+    """(the first element of a cache in its root's storage, the one after the last); (0, 0) if they are not known."""
+    sizes, strides, offset = write.layout
+    known = [number for size in (*sizes, *strides, offset) if (number := concrete(size)) is not None]
+    if len(known) < 9:
+        return 0, 0
+    span = sum((size - 1) * stride for size, stride in zip(known[:4], known[4:8], strict=True))
+    return known[8], known[8] + span + 1
 
 
 def _readers(root: Node) -> set[Node]:

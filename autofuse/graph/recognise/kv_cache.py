@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import CacheWriteBlock, Found, NearMiss, Slots
 from autofuse.graph.recognise.custom_ops import CustomCall, Layout, Written, custom_calls, layout_of
-from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, is_getitem, same_sizes, shape, tensor
+from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, is_getitem, same_size, same_sizes, shape, tensor
 
 __all__ = ["find_cache_writes"]
 
@@ -85,7 +85,7 @@ def _of_index_put(node: Node, written: set[Node]) -> CacheWriteBlock | None:
     dropped: list[Node] = []
     if is_call(rows, *_RESHAPES) and len(rows.users) == 1 and same_sizes(expected, shape(rows.args[0])):
         dropped, rows = [rows], rows.args[0]  # assignment drops leading ones
-    if not same_sizes(expected, shape(rows)):
+    if not _fits(shape(rows), expected):
         raise _OffError(f"its rows {rows} are {list(shape(rows))}, not {expected}")
     if given == [0] and _merges_blocks(root, path, shape(cache)):
         # Rows counted through all blocks are slots; the cache is its root as it is.
@@ -109,6 +109,7 @@ def _of_index_put(node: Node, written: set[Node]) -> CacheWriteBlock | None:
         slots=slots,
         dtype=dtype,
         not_in_place=why,
+        selected=_selected(path[0]) if path else None,
         joined=_joined(rows),
     )
 
@@ -136,6 +137,22 @@ def _places(
             raise _OffError(f"it writes columns of {list(sizes)}")
         return (0, row, heads, dims - 1), (0, row), heads, Slots(nodes[0], per_block=True)
     raise _OffError(f"it writes at dimensions {given} of {list(sizes)}")
+
+
+def _fits(sizes: Sequence[Any], expected: Sequence[Any]) -> bool:
+    """Whether rows of these sizes are written one by one. Two symbols for T may be two names: only one row would be
+    written everywhere, and a symbol is never 1.
+    """
+    return len(sizes) == len(expected) and all(
+        same_size(a, b) or (concrete(a) is None and concrete(b) is None and _never_one(a))
+        for a, b in zip(sizes, expected, strict=True)
+    )
+
+
+def _never_one(size: Any) -> bool:
+    if not isinstance(size, torch.SymInt):
+        return False
+    return bool(size.node.shape_env.bound_sympy(size.node.expr).lower >= 2)
 
 
 def _merges_blocks(root: Node, path: Sequence[Node], sizes: Sequence[Any]) -> bool:
@@ -206,13 +223,22 @@ def _puts_back(user: Any, view: Node, written: Node, above: Any) -> bool:
     """Whether ``user`` is ``select_scatter`` of what ``view`` selected."""
     if not is_call(user, aten.select_scatter.default) or user.args[1] is not written:
         return False
+    # The other writes of the call may have been put back already.
+    return user.args[2:] == _selected(view) and (user.args[0] is above or _is_scatter_of(user.args[0], above))
+
+
+def _selected(view: Node) -> tuple[int, int] | None:
+    """(dimension, index) of a view that is one of several parts of a tensor."""
+    dim: Any
+    index: Any
     if is_getitem(view):
         unbind: Any = view.args[0]
         dim, index = (unbind.args[1] if len(unbind.args) > 1 else unbind.kwargs.get("dim", 0)), view.args[1]
-    else:
+    elif is_call(view, aten.select.int):
         dim, index = view.args[1:3]
-    # The other writes of the call may have been put back already.
-    return user.args[2:] == (dim, index) and (user.args[0] is above or _is_scatter_of(user.args[0], above))
+    else:
+        return None
+    return (dim, index) if isinstance(dim, int) and isinstance(index, int) else None
 
 
 def _is_scatter_of(node: Any, root: Any) -> bool:
@@ -334,6 +360,7 @@ def _of_operator(
         slots=Slots(call.args["slot_mapping"], skips_negative=True),
         dtype=dtype,
         not_in_place=_not_in_place(root, back[-1]),
+        selected=_selected(path[0]) if path else None,
         call=call.node,
         scale=(call.args["kv_cache_dtype"], scale),
     )
