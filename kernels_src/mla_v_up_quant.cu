@@ -10,7 +10,8 @@
 // o_latent crosses memory once, W_UV once per block; and a round's sums, in registers, are quantised while the next one's
 // operands come. CLUSTER blocks may share a head's columns; they tell each other the largest values of a row.
 //
-// Constants of the problem: ELEMENT (bf16, fp16), HEADS, LATENT, V_DIM, GROUP, UE8M0, SCALE_LAYOUT (see quant.cuh).
+// Constants of the problem: ELEMENT (bf16, fp16), HEADS, LATENT, V_DIM, GROUP, UE8M0, SCALE_LAYOUT (see quant.cuh), W_CONSTANT
+// (no kernel that may still be running writes W_UV).
 // Tunables:
 //   STAGED    which kernel
 //   TOKENS    per block: W_UV is read less often, fewer blocks
@@ -23,6 +24,7 @@
 //   PDL       programmatic dependent launch: 0 no; let the next kernel start 1: at once, 2: when the first loads are on their
 //             way, 3: when the products are done
 //   PREFETCH  with PDL: blocks pull into L2 while they wait 1: their W_UV, 2: their o_latent as well
+//   EARLY     with PDL and W_CONSTANT: blocks load W_UV while they wait, as much of it as they have stages for
 #include "mma.cuh"
 #include "quant.cuh"
 
@@ -49,6 +51,7 @@ constexpr int COLUMNS = V_DIM / SHARERS;                          // of a block
 constexpr int PARTNERS = GROUP > COLUMNS ? GROUP / COLUMNS : 1;  // blocks that have a group together
 #define BLOCKS_PER_CLUSTER PARTNERS
 
+static_assert(!EARLY || (PDL && W_CONSTANT), "what is read early is there");
 static_assert(V_DIM % SHARERS == 0 && (GROUP == 0 || GROUP % COLUMNS == 0 || COLUMNS % GROUP == 0), "whole groups, or shares");
 
 // A block's place in the grid.
@@ -122,10 +125,12 @@ struct Step {
     Product::WVector w[Product::LANE_DEPTH];
     Product::XVector x[TILES][Product::LANE_ROWS];
 
-    __device__ __forceinline__ void load(const Params& p, i64 w_at, const XRow (&x_rows)[TILES][Product::LANE_ROWS], int depth) {
+    __device__ __forceinline__ void load_w(const Params& p, i64 w_at, int depth) {
         const Element* from = p.w + w_at + depth * p.w_row;
 #pragma unroll
         for (int i = 0; i < Product::LANE_DEPTH; ++i, from += p.w_row) w[i].load(from);
+    }
+    __device__ __forceinline__ void load_x(const Params& p, const XRow (&x_rows)[TILES][Product::LANE_ROWS], int depth) {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
 #pragma unroll
@@ -189,6 +194,11 @@ extern "C" __global__ void ALL_REGISTERS(THREADS) mla_v_up_quant(const Params p)
             compute_now(x_rows[t][i].at);
         }
     }
+    Step steps[STAGES];
+    if (EARLY) {
+#pragma unroll
+        for (int s = 0; s < STAGES; ++s) steps[s].load_w(p, w_at, s * STEP);
+    }
     if (PDL) {
         prefetch(p, at, TOKENS, THREADS);
         wait_for_previous_kernel();
@@ -197,9 +207,11 @@ extern "C" __global__ void ALL_REGISTERS(THREADS) mla_v_up_quant(const Params p)
     Product products[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) products[t].clear();
-    Step steps[STAGES];
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) steps[s].load(p, w_at, x_rows, s * STEP);
+    for (int s = 0; s < STAGES; ++s) {
+        if (!EARLY) steps[s].load_w(p, w_at, s * STEP);
+        steps[s].load_x(p, x_rows, s * STEP);
+    }
     if (PDL == 2) let_next_kernel_start();
 #pragma unroll 1
     for (int begin = 0; begin < STEPS; begin += STAGES) {
@@ -208,7 +220,10 @@ extern "C" __global__ void ALL_REGISTERS(THREADS) mla_v_up_quant(const Params p)
             const Product::W weights(steps[s].w);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) products[t].add(steps[s].x[t], weights);
-            if (begin + STAGES < STEPS) steps[s].load(p, w_at, x_rows, (begin + STAGES + s) * STEP);
+            if (begin + STAGES < STEPS) {
+                steps[s].load_w(p, w_at, (begin + STAGES + s) * STEP);
+                steps[s].load_x(p, x_rows, (begin + STAGES + s) * STEP);
+            }
         }
     }
     if (PDL == 3) let_next_kernel_start();
@@ -246,6 +261,7 @@ constexpr int STEPS = LATENT / STEP;          // of one round
 constexpr int ROUNDS = (TOKENS + WARPS * Product::ROWS - 1) / (WARPS * Product::ROWS);
 constexpr int W_STAGES = ROUNDS > 1 ? STEPS : STAGES;
 constexpr bool ALL_FIT = ROUNDS == 1 && STAGES >= STEPS;  // every step has a stage of its own
+constexpr int EARLY_STEPS = !EARLY ? 0 : W_STAGES < STEPS ? W_STAGES : STEPS;  // whose W_UV is loaded early
 constexpr int X_STEP_BYTES = TILES * Product::X_TILE_BYTES, W_STEP_BYTES = TILES * Product::W_BYTES;
 
 static_assert(WARP_SIZE == 32, "warpgroups have 32 lanes a warp");
@@ -285,8 +301,14 @@ struct Loader {
         for (int i = 0; i < X_COUNT; ++i) compute_now(x[i]);
     }
 
-    // Of x, of all rounds one after the other; in the first round, the thread's share of W_UV as well. What is in the place of
-    // rows that are no tokens only makes for sums that nobody reads.
+    // The thread's share of W_UV for the first steps. These copies are of the group that the first call of next() makes.
+    __device__ __forceinline__ void begin_early() {
+#pragma unroll
+        for (int early = 0; early < EARLY_STEPS; ++early) copy_w(early);
+    }
+
+    // Of x, of all rounds one after the other; in the first round, the thread's share of W_UV as well, unless it was loaded
+    // early. What is in the place of rows that are no tokens only makes for sums that nobody reads.
     __device__ __forceinline__ void next() {
         u8* const x_to = x_place + stage * X_STEP_BYTES;
 #pragma unroll
@@ -298,12 +320,7 @@ struct Loader {
             }
             x[i] += STEP;
         }
-        if (round == 0) {
-            u8* const w_to = w_place + (ROUNDS > 1 ? step : stage) * W_STEP_BYTES;
-#pragma unroll
-            for (int i = 0; i < W_COUNT; ++i, w += w_rows)
-                copy_async(w_to + i / W_COUNT_OF_TILE * Product::W_BYTES + i % W_COUNT_OF_TILE * W_ROWS * Product::W_ROW_BYTES, w);
-        }
+        if (round == 0 && EARLY_STEPS < STEPS && step >= EARLY_STEPS) copy_w(ROUNDS > 1 ? step : stage);
         commit_copies();
         stage = stage + 1 < STAGES ? stage + 1 : 0;
         if (++step == STEPS) {
@@ -317,6 +334,13 @@ struct Loader {
     }
 
   private:
+    // Of the next step that W_UV is loaded for.
+    __device__ __forceinline__ void copy_w(int w_stage) {
+        u8* const w_to = w_place + w_stage * W_STEP_BYTES;
+#pragma unroll
+        for (int i = 0; i < W_COUNT; ++i, w += w_rows)
+            copy_async(w_to + i / W_COUNT_OF_TILE * Product::W_BYTES + i % W_COUNT_OF_TILE * W_ROWS * Product::W_ROW_BYTES, w);
+    }
     __device__ __forceinline__ void begin_round() {
         const int row = (round * WARPS + warpgroup) * Product::ROWS + threadIdx.x % WARPGROUP / 8;
         rows = (at.rows(p.tokens, row, TILE_ROWS) + X_ROWS - 1) / X_ROWS;
@@ -449,6 +473,7 @@ extern "C" __global__ void ALL_REGISTERS(THREADS) CLUSTER_OF(PARTNERS) mla_v_up_
     const Mailbox mailbox(exchanged + TOKENS * PARTNERS);
     if (PARTNERS > 1) mailbox.open(at.rows(p.tokens, 0, TOKENS) * (PARTNERS - 1) * int(sizeof(u32)));
     Loader loader(p, at, warpgroup, x_steps, w_steps);
+    if (EARLY) loader.begin_early();
     if (PDL) {
         prefetch(p, at, WARPS * Product::ROWS, THREADS);
         wait_for_previous_kernel();

@@ -369,8 +369,12 @@ MUTATIONS += [
 # Two blocks share a group; a second tile of tokens is not full.
 V_UP = Subject(
     Problem.parse("mla_v_up_quant(dtype=bf16,heads=2,kv_lora_rank=192,v_head_dim=128,group=128,ue8m0=0,layout=2)"),
-    Config.parse("STAGED=1,TOKENS=64,WARPS=1,TILES=1,STAGES=2,CLUSTER=2,PDL=1,PREFETCH=2"),
+    Config.parse("STAGED=1,TOKENS=64,WARPS=1,TILES=1,STAGES=2,CLUSTER=2,PDL=1,PREFETCH=2,EARLY=0"),
     tokens=70,
+)
+# W_UV is promised to be constant, and loaded early.
+V_UP_EARLY = Subject(
+    Problem(V_UP.problem.op, (*V_UP.problem.params, ("w_constant", 1))), {**V_UP.config, "EARLY": 1}, tokens=70
 )
 # One block, two warpgroups with two rounds of tokens.
 ROUNDS = {"CLUSTER": 1, "TOKENS": 256, "WARPS": 2}
@@ -420,6 +424,18 @@ MUTATIONS += [
             "before waiting",
         ),
         ("mma.cuh", "rows of w are swapped", "element(row) | element(row + 1) << 16", "element(row) * 65537", WRONG),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, "mla_v_up_quant.cu", subject=V_UP_EARLY)
+    for texts in (
+        (
+            "o_latent is read early as well",
+            "if (EARLY) loader.begin_early();",
+            "if (EARLY) loader.begin_early(), loader.next();",
+            "before waiting",
+        ),
+        ("steps that were early come again", "&& step >= EARLY_STEPS", "&& step > 0", OFF),
     )
 ]
 MUTATIONS += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,16 @@ class LateChain:
     """Late copy → op → late copy → op …: a late copy lets the op start at once, but writes what the op reads, and reads
     what the op returned before, only some microseconds later. A kernel that touches either without waiting is wrong.
 
-    All that the op reads changes from call to call: activations, positions and slots, as well as weights and tables.
+    All that the op reads changes from call to call: activations, positions and slots, as well as weights and tables,
+    but for what it was promised is constant.
     """
 
     def __init__(self, problem: Problem, tokens: int, links: int = 3) -> None:
         op = get_op(problem.op)
         sets = [op.example_args(problem, tokens, DEVICE, torch.Generator(DEVICE).manual_seed(i)) for i in range(5)]
         self.args = sets[0]
-        self._memory = [self._read_only(op, args) for args in sets]
+        constant = {tensor.index for tensor in op.binding(problem).tensors if tensor.constant}
+        self._memory = [self._read_only(args, {*op.mutates, *constant}) for args in sets]
         self._sets = [[tensor.clone() for tensor in memory] for memory in self._memory]
         self._staged = [[tensor.clone() for tensor in self._memory[0]] for _ in range(links)]
         self._mutated = [self.args[index] for index in op.mutates if self.args[index] is not None]
@@ -217,9 +219,9 @@ class LateChain:
             tensor.copy_(content)
 
     @staticmethod
-    def _read_only(op: FusedOp, args: Sequence[Any]) -> list[torch.Tensor]:
-        """The memory of all arguments that are not written, each piece once: several may be views of one tensor."""
-        read = [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in op.mutates]
+    def _read_only(args: Sequence[Any], without: Set[int]) -> list[torch.Tensor]:
+        """The memory of all arguments but some, each piece once: several may be views of one tensor."""
+        read = [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in without]
         whole = [arg if arg._base is None else arg._base for arg in read]
         return list({tensor.data_ptr(): tensor for tensor in whole}.values())
 

@@ -21,7 +21,7 @@ from autofuse.tuner.verify import verify_call
 
 V_UP = get_op("mla_v_up_quant")
 CPU = torch.device("cpu")
-X, W, SCALE, GROUP, UE8M0, LAYOUT = range(6)
+X, W, SCALE, GROUP, UE8M0, LAYOUT, W_CONSTANT = range(7)
 FORMATS = [
     {"group": 128},
     {"group": 128, "ue8m0": True, "layout": ScaleLayout.COLUMN_MAJOR},
@@ -118,6 +118,15 @@ def test_the_product_is_rounded_before_it_is_quantised(v_up: Any, device: torch.
     assert v_up(*args)[1].item() == torch.tensor(1 / 448).item()
 
 
+def test_a_constant_w_uv_changes_no_result(v_up: Any, device: torch.device) -> None:
+    args = args_of(problem(), 9, device)
+    expected = v_up(*args)
+    assert args.pop(W_CONSTANT) is False
+    for given in (args, [*args, True]):  # it may be left out
+        for result, right in zip(v_up(*given), expected, strict=True):
+            assert torch.equal(result.view(torch.uint8), right.view(torch.uint8))
+
+
 def test_no_tokens_give_empty_results(v_up: Any, device: torch.device) -> None:
     values, scales = v_up(*args_of(problem(), 0, device))
     assert (values.shape, scales.shape) == ((0, 384), (0, 3))
@@ -132,7 +141,7 @@ def test_what_no_kernel_computes_the_reference_does(v_up: Any, shape: dict[str, 
     sizes = {"heads": 3, "latent": 128, "width": 128, "group": 128, **shape}
     x = torch.randn(5, sizes["heads"], sizes["latent"], device=device).to(torch.bfloat16)
     w = torch.randn(sizes["heads"], sizes["latent"], sizes["width"], device=device).to(torch.bfloat16)
-    args = (x, w, None, sizes["group"], False, 0)
+    args = (x, w, None, sizes["group"], False, 0, False)
     for result, expected in zip(v_up(*args), V_UP.reference(*args), strict=True):
         assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
 
@@ -167,7 +176,7 @@ def test_pytorch_accepts_the_registration(device: torch.device) -> None:
 
 def test_models_with_multi_head_latent_attention_have_it() -> None:
     (which,) = V_UP.model_problems(PRESETS["deepseek-v3"], "bf16")
-    assert which == problem(heads=128, latent=512)
+    assert which == problem(heads=128, latent=512, w_constant=True)
     assert V_UP.model_problems({"num_attention_heads": 32, "hidden_size": 4096}, "bf16") == []
     assert V_UP.model_problems(PRESETS["deepseek-v3"], "fp32") == []
 
@@ -181,27 +190,41 @@ def test_models_with_multi_head_latent_attention_have_it() -> None:
         ({"width": 256, "ue8m0": True}, {"CLUSTER": 4, "TOKENS": 64}),
         ({}, {"TOKENS": 192, "STAGES": 3}),
         ({"group": NVFP4}, {"CLUSTER": 2, "TOKENS": 128, "WARPS": 2}),
+        ({"w_constant": True}, {"EARLY": 1, "TOKENS": 192, "STAGES": 3}),
+        ({"w_constant": True, "latent": 192}, {"EARLY": 1, "CLUSTER": 2}),
+        ({"w_constant": True}, {"EARLY": 1, "STAGED": 0, "STAGES": 1, "TOKENS": 16}),
     ],
-    ids=["four blocks a group", "two blocks a group", "two groups of two blocks", "three rounds", "a group a block"],
+    ids=[
+        "four blocks a group",
+        "two blocks a group",
+        "two groups of two blocks",
+        "three rounds",
+        "a group a block",
+        "all of W_UV early",
+        "some of it early",
+        "early into registers",
+    ],
 )
-def test_blocks_that_share_columns_or_go_round(shape: dict[str, Any], changes: dict[str, int]) -> None:
-    which = problem(heads=2, latent=64, **shape)
-    staged = {"STAGED": 1, "WARPS": 1, "TILES": 1, "STAGES": 2, "CLUSTER": 1, "PDL": 1, "PREFETCH": 2}
+def test_blocks_share_columns_go_round_and_begin_early(shape: dict[str, Any], changes: dict[str, int]) -> None:
+    which = problem(**{"heads": 2, "latent": 64, **shape})
+    staged = {"TOKENS": 64, "WARPS": 1, "TILES": 1, "STAGES": 2, "CLUSTER": 1, "PDL": 1, "PREFETCH": 2, "EARLY": 0}
+    staged["STAGED"] = 1
     config = Config.of(staged, **changes)
     for tokens in (1, 150):
         verify_emulated(V_UP, which, config, args_of(which, tokens, CPU, check=True))
 
 
 def staged_configs() -> list[Config]:
-    base = Config.of(STAGED=1, TOKENS=64, WARPS=1, TILES=1, STAGES=4, CLUSTER=1, PDL=1, PREFETCH=1)
+    base = Config.of(STAGED=1, TOKENS=64, WARPS=1, TILES=1, STAGES=4, CLUSTER=1, PDL=1, PREFETCH=1, EARLY=1)
     changes: list[dict[str, int]] = [
         {},
         {"STAGES": 8},
         {"CLUSTER": 2, "STAGES": 8},
-        {"CLUSTER": 4, "TILES": 2},
+        {"CLUSTER": 4, "TILES": 2, "EARLY": 0},
         {"TOKENS": 128, "WARPS": 2, "CLUSTER": 2},
         {"TOKENS": 256, "WARPS": 2, "TILES": 2, "STAGES": 3},
         {"TOKENS": 1024, "WARPS": 4, "STAGES": 3, "PDL": 3},
+        {"TOKENS": 1024, "WARPS": 4, "STAGES": 3, "PDL": 0, "PREFETCH": 0, "EARLY": 0},
         {"TOKENS": 512, "WARPS": 1, "STAGES": 8, "PREFETCH": 2},
         {"STAGED": 0, "TOKENS": 16, "WARPS": 8, "STAGES": 2},
         {"STAGED": 0, "WARPS": 2, "TILES": 2, "STAGES": 2},
@@ -216,7 +239,7 @@ def staged_configs() -> list[Config]:
 def test_tensor_cores_compute_the_op_at_full_size(config: Config, form: dict[str, Any], dtype: str) -> None:
     """What emulation cannot show: fragments, descriptors and swizzles as the hardware has them."""
     device = torch.device("cuda", 0)
-    which = problem(heads=5, latent=512, dtype=dtype, **form)
+    which = problem(heads=5, latent=512, dtype=dtype, w_constant=bool(config["EARLY"]), **form)
     if reason := V_UP.kernel_source("cuda").space.refusal(config, which, 1 << 16):
         pytest.skip(reason)
     kernel = bind_plan(V_UP, Plan(target_of(device).arch, which, ((1, config),)), device)

@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -202,8 +203,16 @@ class FusedOp(ABC):
 
     def split_plan(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
         """A call's arguments without the plan, and the plan; PyTorch leaves out trailing ones that are defaults."""
-        count = len(torch._C.parse_schema(self.name + self.schema).arguments) - 1
-        return tuple(args[:count]), args[count] if len(args) > count else ""
+        *whole, plan = (*args, *self._defaults[len(args) :])
+        return tuple(whole), plan
+
+    def with_defaults(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments but the plan, of a call without it of which PyTorch left out trailing defaults."""
+        return (*args, *self._defaults[len(args) : -1])
+
+    @cached_property
+    def _defaults(self) -> tuple[Any, ...]:
+        return tuple(argument.default_value for argument in torch._C.parse_schema(self.name + self.schema).arguments)
 
     def source_hash(self, kind: str) -> str:
         """Changes with the kernel's source. Raises UnsupportedCall if there is no kernel for ``kind``."""

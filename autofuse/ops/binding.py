@@ -33,12 +33,15 @@ class TensorArg:
         sizes: None stands for T, the number of tokens, ANY and ROWS for what they say; the whole of it None for a
             single value, of any shape.
         align: bytes that its address and outer strides must be multiples of; 0: what the config asks for.
+        constant: no kernel that may still be running writes it: a kernel may read it before it waits for the one before
+            it (programmatic dependent launch).
     """
 
     index: int
     dtype: torch.dtype
     sizes: tuple[int | None, ...] | None
     align: int = 0
+    constant: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,11 @@ _STAGED_COLUMNS = (32, 64, 128)
 _MOST_WARP_TOKENS = 128  # more sums than registers, or more of them in shared memory than fit
 _WIDEST = 512  # of v_head_dim: eight warps
 
-_X, _W, _SCALE, _GROUP, _UE8M0, _LAYOUT = range(6)  # the op's arguments
+_X, _W, _SCALE, _GROUP, _UE8M0, _LAYOUT, _W_CONSTANT = range(7)  # the op's arguments
+
+
+def _w_is_constant(problem: Problem) -> bool:
+    return bool(dict(problem.params).get("w_constant", 0))
 
 
 def _lanes(config: Mapping[str, int]) -> int:
@@ -158,6 +162,7 @@ _GPU_SPACE = SearchSpace(
         Tunable("CLUSTER", (1, 2, 4), "blocks that share a head's columns: more SMs for few heads, against o_latent"),
         Tunable("PDL", (1, 2, 3, 0), "overlap with the kernels before and after, theirs early (1) or later (2, 3)"),
         Tunable("PREFETCH", (1, 2, 0), "with PDL: W_UV (1), o_latent too (2), are pulled into L2 while waiting"),
+        Tunable("EARLY", (1, 0), "with PDL and a W_UV that is constant: it is loaded while waiting"),
     ),
     (
         *_CONSTRAINTS,
@@ -168,6 +173,10 @@ _GPU_SPACE = SearchSpace(
         Constraint(
             "only a kernel with PDL waits, so only it can prefetch meanwhile",
             lambda c, p, t: c["PDL"] > 0 or c["PREFETCH"] == 0,
+        ),
+        Constraint(
+            "only a kernel with PDL waits, and only a W_UV that is constant is there before that",
+            lambda c, p, t: c["EARLY"] == 0 or (c["PDL"] > 0 and _w_is_constant(p)),
         ),
     ),
 )
@@ -180,6 +189,7 @@ _HIP_FIXED = {
     "CLUSTER": (1, "only NVIDIA has them"),
     "PDL": (0, "only NVIDIA has it"),
     "PREFETCH": (0, "only with PDL"),
+    "EARLY": (0, "only with PDL"),
 }
 _HIP_SPACE = SearchSpace(
     (
@@ -207,7 +217,7 @@ _CPU_SPACE = SearchSpace(
 
 def _direct_default(problem: Problem, tokens: int) -> Config:
     latent, width = problem.int("kv_lora_rank"), problem.int("v_head_dim")
-    config = Config.of(STAGED=0, TOKENS=16, TILES=1, STAGES=1, CLUSTER=1, PDL=0, PREFETCH=0)
+    config = Config.of(STAGED=0, TOKENS=16, TILES=1, STAGES=1, CLUSTER=1, PDL=0, PREFETCH=0, EARLY=0)
     if tokens > 16:
         config = Config.of(config, TOKENS=32 if width > 128 or tokens <= 32 else 64, TILES=2)
     for warps in (4, 2, 1):
@@ -218,7 +228,7 @@ def _direct_default(problem: Problem, tokens: int) -> Config:
 
 
 def _cuda_default(problem: Problem, tokens: int) -> Config:
-    config = Config.of(STAGED=1, TOKENS=64, WARPS=1, TILES=1, STAGES=2, CLUSTER=1, PDL=0, PREFETCH=0)
+    config = Config.of(STAGED=1, TOKENS=64, WARPS=1, TILES=1, STAGES=2, CLUSTER=1, PDL=0, PREFETCH=0, EARLY=0)
     fits = problem.int("kv_lora_rank") % _TILE == 0 and problem.int("v_head_dim") in _STAGED_COLUMNS
     return config if fits else _direct_default(problem, tokens)
 
@@ -247,6 +257,9 @@ class MlaVUpQuant(FusedOp):
         group: 64 or 128 (group FP8), 0 (static FP8) or 16 (NVFP4). Kernels want v_head_dim to be a multiple.
         ue8m0: for group FP8: scales are powers of two.
         layout: a ScaleLayout, for group FP8: how scales lie in memory.
+        w_constant: a promise that w_uv was written long ago, as a model's weights are: not by a kernel launched just
+            before, which may still be running when this one begins (programmatic dependent launch). It may then be read
+            at once. graph passes promise it for a model's parameters and buffers that the graph does not write.
 
     Returns:
         values: [T, N · v_head_dim], float8_e4m3fn, contiguous. NVFP4: [T, N · v_head_dim / 2], uint8, the first of two
@@ -256,7 +269,8 @@ class MlaVUpQuant(FusedOp):
 
     name = "mla_v_up_quant"
     schema = (
-        '(Tensor o_latent, Tensor w_uv, Tensor? scale, int group, bool ue8m0, int layout, str plan="")'
+        "(Tensor o_latent, Tensor w_uv, Tensor? scale, int group, bool ue8m0, int layout, bool w_constant=False, "
+        'str plan="")'
         " -> (Tensor, Tensor)"
     )
     shared = (_SCALE,)
@@ -269,18 +283,18 @@ class MlaVUpQuant(FusedOp):
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        x, w, scale, *flags = args
+        x, w, scale, *flags, _ = args
         o = torch.bmm(x.transpose(0, 1), w).transpose(0, 1).flatten(1)
         return self._format(o.shape[1], *flags).quantise(o, scale)
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        x, w, scale, *flags = args
+        x, w, scale, *flags, _ = args
         o = torch.bmm(x.double().transpose(0, 1), w.double()).transpose(0, 1).flatten(1)
         return self._format(o.shape[1], *flags).exact(o.to(x.dtype).double(), scale)
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         self._check(*args)
-        x, w, _, *flags = args
+        x, w, _, *flags, _ = args
         width = x.shape[1] * w.shape[2]
         return self._format(width, *flags).empty(x.shape[0], width, x.device)
 
@@ -298,8 +312,8 @@ class MlaVUpQuant(FusedOp):
     # ---- problem ----------------------------------------------------------------------------------------------------
 
     def make_problem(self, **params: Any) -> Problem:
-        """The problem with ``dtype``, ``heads``, ``kv_lora_rank``, ``v_head_dim``, ``group``, ``ue8m0`` (False) and
-        ``layout`` (row-major).
+        """The problem with ``dtype``, ``heads``, ``kv_lora_rank``, ``v_head_dim``, ``group``, ``ue8m0`` (False),
+        ``layout`` (row-major) and ``w_constant`` (False; left out where it is).
         """
         dtype = params["dtype"]
         name = dtype if isinstance(dtype, str) else dtype_name(dtype)
@@ -314,9 +328,17 @@ class MlaVUpQuant(FusedOp):
             )
         if quant.group and width % quant.group:
             raise UnsupportedCall(f"{self.name}: v_head_dim {width} is no multiple of the group, {quant.group}")
+        constant = (("w_constant", 1),) if params.get("w_constant") else ()
         return Problem(
             self.name,
-            (("dtype", name), ("heads", heads), ("kv_lora_rank", latent), ("v_head_dim", width), *quant.params),
+            (
+                ("dtype", name),
+                ("heads", heads),
+                ("kv_lora_rank", latent),
+                ("v_head_dim", width),
+                *quant.params,
+                *constant,
+            ),
         )
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
@@ -325,13 +347,13 @@ class MlaVUpQuant(FusedOp):
         if not all(sizes.values()) or dtype not in _DTYPES:
             return []
         try:  # in the format of DeepSeek-V3's checkpoints
-            return [self.make_problem(dtype=dtype, group=128, **sizes)]
+            return [self.make_problem(dtype=dtype, group=128, w_constant=True, **sizes)]
         except (BadInput, UnsupportedCall):
             return []
 
     def problem_of(self, *args: Any) -> Problem:
         self._check(*args)
-        x, w, _, group, ue8m0, layout = args
+        x, w, _, group, ue8m0, layout, w_constant = args
         if x.dtype != w.dtype:
             raise UnsupportedCall(f"{self.name}: o_latent is {x.dtype}, w_uv {w.dtype}")
         return self.make_problem(
@@ -342,11 +364,12 @@ class MlaVUpQuant(FusedOp):
             group=group,
             ue8m0=ue8m0,
             layout=layout,
+            w_constant=w_constant,
         )
 
     def _check(self, *args: Any) -> None:
         """Raises BadInput for arguments that make no sense together."""
-        x, w, scale, group, ue8m0, layout = args
+        x, w, scale, group, ue8m0, layout, _ = args
         if x.dim() != 3 or w.dim() != 3 or x.shape[1:] != w.shape[:2]:
             raise BadInput(
                 f"{self.name}: o_latent {list(x.shape)} and w_uv {list(w.shape)} are not [T, heads, kv_lora_rank] and "
@@ -386,6 +409,7 @@ class MlaVUpQuant(FusedOp):
             group,
             bool(problem["ue8m0"]),
             problem.int("layout"),
+            _w_is_constant(problem),
         )
 
     def check_args(
@@ -427,6 +451,7 @@ class MlaVUpQuant(FusedOp):
                 (1, 256, 64, {"dtype": "bf16", "group": 64, "layout": ScaleLayout.COLUMN_MAJOR}),
                 (1, 96, 192, {"dtype": "bf16", "group": NVFP4}),
                 (1, 64, 256, {"dtype": "bf16", "group": 128, "ue8m0": True}),
+                (2, 192, 128, {"dtype": "bf16", "group": 128, "w_constant": True}),
             )
         ]
 
@@ -442,6 +467,7 @@ class MlaVUpQuant(FusedOp):
             group=group,
             ue8m0=grouped and source.random() < 0.5,
             layout=source.choice(list(ScaleLayout)) if grouped else ScaleLayout.ROW_MAJOR,
+            w_constant=source.random() < 0.5,
         )
 
     def bytes_moved(self, problem: Problem, tokens: int) -> int:
@@ -461,6 +487,7 @@ class MlaVUpQuant(FusedOp):
                 "HEADS": problem.int("heads"),
                 "LATENT": problem.int("kv_lora_rank"),
                 "V_DIM": problem.int("v_head_dim"),
+                "W_CONSTANT": int(_w_is_constant(problem)),
                 **QuantFormat.of(problem).defines,
                 **config,
             },
@@ -476,11 +503,16 @@ class MlaVUpQuant(FusedOp):
         return Binding(
             tensors=(
                 TensorArg(_X, dtype, (None, heads, latent)),
-                TensorArg(_W, dtype, (heads, latent, width)),
+                TensorArg(_W, dtype, (heads, latent, width), constant=_w_is_constant(problem)),
                 *quant.scale_args(_SCALE),
             ),
             absent=() if quant.needs_scale else (_SCALE,),
-            constants=((_GROUP, quant.group), (_UE8M0, quant.ue8m0), (_LAYOUT, int(quant.layout))),
+            constants=(
+                (_GROUP, quant.group),
+                (_UE8M0, quant.ue8m0),
+                (_LAYOUT, int(quant.layout)),
+                (_W_CONSTANT, _w_is_constant(problem)),
+            ),
             fields=(
                 Field(FieldKind.POINTER, _X),
                 Field(FieldKind.POINTER, _W),

@@ -60,8 +60,9 @@ static inline void emulated_copy_async(void* to, const void* from, int bytes) {
     EmulatedCopies& copies = emulated_copies();
     if ((unsigned long)to % bytes || (unsigned long)from % bytes)
         emulated_error("an asynchronous copy of %d bytes is misaligned", bytes);
-    memmove(to, from, bytes);  // both must be there from now on
-    memset(to, 0xff, bytes);
+    // Both must be there from now on. Volatile: an optimiser would leave out what is not used.
+    for (int i = 0; i < bytes; ++i)
+        static_cast<volatile char*>(to)[i] = static_cast<const volatile char*>(from)[i] | char(0xff);
     if (!copies.first) copies.last = &copies.first;
     *copies.last = new EmulatedCopy{to, from, bytes, copies.committed, nullptr};
     copies.last = &(*copies.last)->next;

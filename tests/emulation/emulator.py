@@ -8,7 +8,7 @@ op says (``spec``, ``binding``, ``launch_shape``), so an op needs no code here. 
 - a barrier that not all of its threads reach, a shuffle or vote that not all lanes of its mask reach;
 - a result byte that nobody writes, or two blocks write, or that depends on the order of blocks or threads;
 - a changed input; a read of uninitialised shared memory shows as NaN;
-- with programmatic dependent launch, touching a tensor before waiting for the previous kernel.
+- with programmatic dependent launch, touching a tensor that is not constant before waiting for the previous kernel.
 
 Not seen: races between threads of a block that no order of threads brings out, writes of a byte that hold the value
 which an in-place argument has anyway, what only hardware does (PTX, timing, caches). Blocks must not depend on each
@@ -63,11 +63,14 @@ class EmulationError(Exception):
 
 @dataclass(frozen=True)
 class _Region:
-    """A tensor that the kernel is given: ``segments`` are the (offset, length) in bytes of what belongs to it."""
+    """A tensor that the kernel is given: ``segments`` are the (offset, length) in bytes of what belongs to it. What is
+    ``constant`` may be read before waiting for the previous kernel.
+    """
 
     role: int
     index: int
     skew: int
+    constant: bool
     content: bytes
     segments: tuple[tuple[int, int], ...]
 
@@ -116,10 +119,11 @@ def emulate(
             tensor.index,
             arg,
             max(tensor.align or shape.align, arg.element_size()),
+            tensor.constant,
         )
         for tensor, arg in tensors
     ]
-    regions += [_region(_RESULT, index, result, 0) for index, result in enumerate(results)]
+    regions += [_region(_RESULT, index, result, 0, False) for index, result in enumerate(results)]
     places = {(FieldKind.POINTER, tensor.index): place for place, (tensor, _) in enumerate(tensors)}
     places |= {(FieldKind.RESULT, index): len(tensors) + index for index in range(len(results))}
 
@@ -145,7 +149,8 @@ def emulate(
         *(_numbers(*pointer) for pointer in pointers),
     ]
     for region in regions:
-        message.append(_numbers(region.role, region.index, region.skew, len(region.content), len(region.segments)))
+        place = (region.role, region.index, region.skew, region.constant)
+        message.append(_numbers(*place, len(region.content), len(region.segments)))
         message += [_numbers(*segment) for segment in region.segments]
         if region.role != _RESULT:
             message.append(region.content)
@@ -240,9 +245,9 @@ def _from_bytes(content: bytes, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype) if content else torch.empty(0).to(dtype)
 
 
-def _region(role: int, index: int, tensor: torch.Tensor, align: int) -> _Region:
+def _region(role: int, index: int, tensor: torch.Tensor, align: int, constant: bool) -> _Region:
     content = _flat(tensor).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return _Region(role, index, align, content, _segments(tensor))
+    return _Region(role, index, align, constant, content, _segments(tensor))
 
 
 def _segments(tensor: torch.Tensor) -> tuple[tuple[int, int], ...]:

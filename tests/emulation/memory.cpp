@@ -35,7 +35,7 @@ struct Segment {
 };
 
 struct Region {
-    i64 role, index, skew, bytes, segment_count;
+    i64 role, index, skew, constant, bytes, segment_count;
     Segment* segments;
     Byte* start;     // of the tensor
     Byte* original;  // what each block starts from
@@ -72,7 +72,7 @@ const char* role_name(const Region& region) {
 }
 
 void read_region(Region& region) {
-    region.role = read_number(), region.index = read_number(), region.skew = read_number();
+    region.role = read_number(), region.index = read_number(), region.skew = read_number(), region.constant = read_number();
     region.bytes = read_number(), region.segment_count = read_number();
     region.segments = static_cast<Segment*>(malloc(region.segment_count * sizeof(Segment)));
     read_bytes(region.segments, region.segment_count * sizeof(Segment));
@@ -161,7 +161,7 @@ void set_access(bool granted) {
     access_granted = granted;
     auto* change = granted ? __asan_unpoison_memory_region : __asan_poison_memory_region;
     for (i64 r = 0; r < region_count; ++r)
-        for (i64 s = 0; s < regions[r].segment_count; ++s)
+        for (i64 s = 0; !regions[r].constant && s < regions[r].segment_count; ++s)
             change(regions[r].start + regions[r].segments[s].offset, regions[r].segments[s].bytes);
 }
 
