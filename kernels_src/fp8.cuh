@@ -51,39 +51,49 @@ struct Fp8 {
     }
 };
 
-// x ÷ scale for many x and one scale, as an IEEE division rounds it: an estimate and one correction by its remainder
-// (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor"), three instructions where a
-// division takes a dozen. For scales of 2^-126 to 2^126. Where the estimate is too large for fp8 it stays as it is: an infinite
-// one has no remainder.
+__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
+#if ON_AMD
+    return __builtin_fmaf(a, b, c);
+#else
+    return fmaf(a, b, c);
+#endif
+}
+
+// x ÷ scale for many x and one positive scale, for what is rounded to fp8 afterwards: the reciprocal in two parts, and two
+// instructions (Brisebarre, Muller and Raina 2004, "Accelerating correctly rounded floating-point division when the divisor
+// is known in advance"), where a division takes a dozen. The quotient is as IEEE division rounds it but where it lies within
+// 2^-46 of the middle between two floats; in fp8 it differs only if one of these is itself a middle between two fp8 values.
+// The reciprocal's first part is rounded down and its second not zero, so that neither infinities cancel nor an infinite x
+// makes a NaN, for scales below 2^90.
 struct Fp8Scale {
-    float scale, reciprocal;
-    float remainder_scale;  // 0 ends the correction where the scale is infinite, and so its reciprocal exact
+    float scale;
+    float reciprocal, rest;
 
     explicit __device__ __forceinline__ Fp8Scale(float value) : scale(value) {
 #if ON_NVIDIA
-        float guess;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(value));
-        const float corrected = fmaf(fmaf(-value, guess, 1.f), guess, guess);
-        reciprocal = corrected == corrected ? corrected : guess;  // of 0 and of infinity
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+        const float corrected = fused_multiply_add(remainder_of_reciprocal(), reciprocal, reciprocal);
+        if (corrected == corrected) reciprocal = corrected;  // not where scale is 0 or infinite
 #else
-        reciprocal = 1.f / value;
+        reciprocal = 1.f / scale;
 #endif
-        remainder_scale = reciprocal == 0.f ? 0.f : value;
+        float remainder = remainder_of_reciprocal();
+        if (remainder < 0.f) {
+            reciprocal = __uint_as_float(__float_as_uint(reciprocal) - 1u);
+            remainder = remainder_of_reciprocal();
+        }
+        const float least = reciprocal * 0x1p-60f;
+        rest = remainder * reciprocal;
+        if (!(rest > least)) rest = least;
     }
 
-    __device__ __forceinline__ float quotient(float x) const {
-        const float estimate = x * reciprocal;
-#if ON_AMD
-        const float corrected = __builtin_fmaf(__builtin_fmaf(-estimate, remainder_scale, x), reciprocal, estimate);
-        return __builtin_fabsf(estimate) < 1024.f ? corrected : estimate;
-#else
-        const float corrected = fmaf(fmaf(-estimate, remainder_scale, x), reciprocal, estimate);
-        return fabsf(estimate) < 1024.f ? corrected : estimate;
-#endif
-    }
+    __device__ __forceinline__ float quotient(float x) const { return fused_multiply_add(x, reciprocal, x * rest); }
     template <int COUNT>
     __device__ __forceinline__ void divide(float (&values)[COUNT]) const {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) values[i] = quotient(values[i]);
     }
+
+  private:
+    __device__ __forceinline__ float remainder_of_reciprocal() const { return fused_multiply_add(-scale, reciprocal, 1.f); }
 };

@@ -345,10 +345,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
     Values values[UNROLL], partners[UNROLL];
     UnitAngles angles[UNROLL];
     i64 positions[UNROLL], slots[UNROLL];
-    float q_scale = 1.f, kv_scale = 1.f;
+    float scales[UNROLL];  // of what is written as fp8
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
         const Unit& unit = units[u];
+        const bool of_cache = CACHE == 2 && (!Q_FP8 || unit.is_cached());
+        scales[u] = of_cache || Q_FP8 ? *(of_cache ? p.kv_scale : p.q_scale) : 1.f;
         if (unit.kind == NOTHING) continue;
         READ_ONCE ? values[u].load_once(unit.from) : values[u].load(unit.from);
         if (unit.is_rotated()) {
@@ -358,10 +360,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
         }
         if (unit.is_cached()) {
             slots[u] = unit.token < p.slot_count ? p.slots[unit.token] : -1;
-            if (CACHE == 2) kv_scale = *p.kv_scale;
         }
     }
-    if (Q_FP8) q_scale = *p.q_scale;
     if (PDL == 2) let_next_kernel_start();
 
     i64 rows[UNROLL];  // of the cache
@@ -373,19 +373,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
         if (unit.is_cached()) rows[u] = row_of(APART && unit.kind == K_PE ? p.k_pe_cache : p.kv_cache, slots[u]);
     }
 
-    const Fp8Scale query_scale(q_scale), cache_scale(kv_scale);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
         const Unit& unit = units[u];
-        float group_scale = 1.f;
         if constexpr (DS_MLA) {
             // kv_c comes first in a chunk: a warp has some if its first lane has.
             const u32 first_lane = threadIdx.x / WARP_SIZE * WARP_SIZE;
             const bool some = unit_at(p, first, u * THREADS + first_lane).kind == KV_C;
-            if (warp_uniform(some)) group_scale = ds_mla_scale(values[u]);
+            const float group_scale = warp_uniform(some) ? ds_mla_scale(values[u]) : 1.f;
+            if (unit.kind == KV_C) scales[u] = group_scale;
         }
+        const Fp8Scale scale(scales[u]);
         if (unit.kind == KV_C) {
-            if (rows[u] >= 0) cache_kv_c(p, unit.at, rows[u], values[u], DS_MLA ? Fp8Scale(group_scale) : cache_scale);
+            if (rows[u] >= 0) cache_kv_c(p, unit.at, rows[u], values[u], scale);
             continue;
         }
         if (unit.is_rotated()) angles[u].rotate(values[u], partners[u]);
@@ -393,12 +393,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
             values[u].store(p.k_pe_out + unit.to);
             if (NEOX) partners[u].store(p.k_pe_out + unit.to + HALF);
             if (CACHE && rows[u] >= 0) {
-                cache_k_pe(p, unit.at, rows[u], values[u], cache_scale);
-                if (NEOX) cache_k_pe(p, unit.at + HALF, rows[u], partners[u], cache_scale);
+                cache_k_pe(p, unit.at, rows[u], values[u], scale);
+                if (NEOX) cache_k_pe(p, unit.at + HALF, rows[u], partners[u], scale);
             }
         } else if (unit.kind != NOTHING) {
-            store_query(p, unit.to, values[u], query_scale);
-            if (NEOX && unit.kind == Q_PE) store_query(p, unit.to + HALF, partners[u], query_scale);
+            store_query(p, unit.to, values[u], scale);
+            if (NEOX && unit.kind == Q_PE) store_query(p, unit.to + HALF, partners[u], scale);
         }
     }
 }

@@ -20,14 +20,6 @@
 
 typedef unsigned char u8;
 
-__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
-#if ON_AMD
-    return __builtin_fmaf(a, b, c);
-#else
-    return fmaf(a, b, c);
-#endif
-}
-
 #define INFINITE __uint_as_float(0x7f800000u)
 
 // ---- amax -----------------------------------------------------------------------------------------------------------

@@ -169,7 +169,6 @@ OFF = f"{NOT_ITS_OWN}|SEGV|misaligned|{OVERLAP}|{UNWRITTEN}|{RACE}"  # a wrong a
 NO_SLOT = "if (slot < 0 || slot >= i64(cache.blocks) * cache.block_size) return -1;"
 SLOT = "unit.token < p.slot_count ? p.slots[unit.token] : -1"
 CLAMPED = "early[u] < 0 ? 0 : early[u] < p.table_rows ? int(early[u]) : p.table_rows - 1"
-Q_STORE = "unit.to, values[u], query_scale"
 
 MUTATIONS += [
     Mutation(*texts, "mla_rope_kv_cache_cat.cu", subject=ROPE)
@@ -199,7 +198,7 @@ MUTATIONS += [
         ("scales are the neighbouring group's", "[at / DS_MLA_GROUP]", "[at / DS_MLA_GROUP ^ 1]", WRONG),
         ("scales have no smallest", "scale > SMALLEST_NORMAL ? scale : SMALLEST_NORMAL", "scale", WRONG),
         ("k_pe is where it is in other caches", "row + DS_MLA_K_PE", "row + LATENT", OFF),
-        ("the query is divided by the cache's scale", Q_STORE, Q_STORE.replace("query", "cache"), WRONG),
+        ("the query is divided by the cache's scale", "(of_cache ? p.kv_scale : p.q_scale)", "p.kv_scale", WRONG),
         ("NeoX's partner is the neighbour", "p.k_pe_out + unit.to + HALF", "p.k_pe_out + unit.to + SIZE", OFF),
     )
 ]
