@@ -198,7 +198,7 @@ MUTATIONS += [
         ("scales are the neighbouring group's", "[at / DS_MLA_GROUP]", "[at / DS_MLA_GROUP ^ 1]", WRONG),
         ("scales have no smallest", "scale > SMALLEST_NORMAL ? scale : SMALLEST_NORMAL", "scale", WRONG),
         ("k_pe is where it is in other caches", "row + DS_MLA_K_PE", "row + LATENT", OFF),
-        ("the query is divided by the cache's scale", "(of_cache ? p.kv_scale : p.q_scale)", "p.kv_scale", WRONG),
+        ("the query is divided by the cache's scale", "if (unit.kind == KV_C) scales", "scales", WRONG),
         ("NeoX's partner is the neighbour", "p.k_pe_out + unit.to + HALF", "p.k_pe_out + unit.to + SIZE", OFF),
     )
 ]
