@@ -105,7 +105,7 @@ def symbolic(low=None, high=None):
 def test_static_tokens_run_the_winner_of_their_bucket():
     tuned(winner(16, 1.5), winner(64, 1.2))
     decision = decide(16)
-    assert (decision.rule, buckets(decision), decision.gain) == ("exact", [16], 1.5)
+    assert (decision.rule, buckets(decision), decision.worst.gain) == ("exact", [16], 1.5)
 
 
 def test_between_two_buckets_both_must_be_faster():
