@@ -62,7 +62,7 @@ def test_without_a_command_the_commands_are_listed(cli: Cli) -> None:
     assert cli("--help") == listed
     for command in COMMANDS:
         assert f"  {command} " in listed
-    assert COMMANDS == ["compile", "doctor", "export", "import", "ops", "show", "tune", "why"]
+    assert COMMANDS == ["capture", "compile", "doctor", "export", "import", "ops", "show", "tune", "why"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,6 +30,10 @@ class ReportStore:
     def __init__(self) -> None:
         self._latest: deque[GraphReport] = deque(maxlen=KEPT_IN_MEMORY)
 
+    @property
+    def folder(self) -> Path:
+        return cache_folder() / "reports"
+
     def latest(self) -> list[GraphReport]:
         return list(self._latest)
 
@@ -43,7 +47,7 @@ class ReportStore:
 
     def save(self, report: GraphReport) -> None:
         """Writes ``report`` for other processes; a failure is logged and nothing else."""
-        path = cache_folder() / "reports" / f"{report.key}.json"
+        path = self.folder / f"{report.key}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
@@ -59,7 +63,7 @@ class ReportStore:
 
     def load(self, key: str) -> GraphReport | None:
         """The report kept under ``key``, which becomes the most recent one; None if there is none that can be read."""
-        path = cache_folder() / "reports" / f"{key}.json"
+        path = self.folder / f"{key}.json"
         try:
             report = GraphReport.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -72,7 +76,7 @@ class ReportStore:
     def recent(self, most: int) -> list[GraphReport]:
         """Of all processes, the ``most`` graphs that were compiled or taken from the cache last, the latest last."""
         used: list[tuple[int, Path]] = []
-        for path in (cache_folder() / "reports").glob("[!.]*.json"):
+        for path in self.folder.glob("[!.]*.json"):
             with suppress(OSError):  # gone meanwhile
                 used.append((path.stat().st_mtime_ns, path))
         reports: list[GraphReport] = []
