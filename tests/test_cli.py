@@ -145,6 +145,18 @@ def test_tune_captured_tunes_what_torch_compile_left(tune_tiny: TuneTiny, cli: C
     assert json.loads(tune_tiny("--captured", "--json"))["buckets"] == []
 
 
+def test_a_budget_ends_the_tuning_and_the_same_command_goes_on(
+    tune_tiny: TuneTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune_tiny("--budget", 0).startswith("Nothing was tuned")
+    assert json.loads(tune_tiny("--budget", 0, "--json"))["buckets"] == []
+    assert run(["tune", "--problem", str(PROBLEM), "--tokens", "4", "--device", "cpu", "--budget", "0"]) == 0
+    assert "the 0 s are over: 1 of 1 buckets are not tuned; the same command goes on from there" in (
+        capsys.readouterr().err
+    )
+    assert str(PROBLEM) in tune_tiny("--budget", 600)
+
+
 def test_tune_takes_a_model_from_its_config(tune_tiny: TuneTiny, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"q_lora_rank": 96, "kv_lora_rank": 40}), encoding="utf-8")

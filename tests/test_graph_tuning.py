@@ -121,6 +121,15 @@ def test_ctrl_c_ends_the_compilation_and_is_counted(tuning_time):
     assert buckets(decide(16, TUNE, tune=Tuner())) == [16]
 
 
+def test_ctrl_c_comes_through_torch_compile(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "tune_site", interrupted)
+    with without_code_generation(), torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        torch.compile(MlaLatents(), backend="autofuse", options=TUNE)(hidden())
+
+
 def test_looking_at_a_model_tunes_nothing(monkeypatch):
     monkeypatch.setattr(api, "tune_site", lambda *_, **__: pytest.fail("tuned"))
     compiled = torch.compile(MlaLatents(), backend="autofuse", options=TUNE)

@@ -74,6 +74,7 @@ class Evidence:
         self._path = path
         self._winners: dict[str, Sequence[Winner]] = {}
         self._trials: dict[tuple[Target, Problem], Sequence[Trial]] = {}
+        self._baselines: dict[tuple[Target, Problem, int], Sequence[str]] = {}
 
     def nearest(self, key: Key) -> str:
         """The row that is nearest to ``key``, and what it differs in, as a sentence."""
@@ -108,7 +109,9 @@ class Evidence:
             if winner.baseline in _INDUCTOR:
                 continue
             bucket = (winner.target, winner.problem, winner.tokens)
-            if not set(self._read(lambda database, key=bucket: [*database.baselines(*key)])) & _INDUCTOR:  # type: ignore[misc]
+            if bucket not in self._baselines:
+                self._baselines[bucket] = self._read(lambda database, key=bucket: [*database.baselines(*key)])  # type: ignore[misc]
+            if not _INDUCTOR.intersection(self._baselines[bucket]):
                 return winner
         return None
 

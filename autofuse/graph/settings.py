@@ -28,7 +28,8 @@ class Settings:
         untuned: what happens at a site that nobody measured: ``skip`` leaves it and remembers it for ``autofuse tune
             --captured``, ``fuse`` runs the kernel's default config, ``tune`` measures it while compiling.
         tune_budget: seconds that ``untuned="tune"`` may take in one process, all its compilations together; what is
-            not tuned by then is left and remembered as by ``skip``.
+            not tuned by then is left and remembered as by ``skip``. A measurement that has begun is ended: that may
+            take half a minute more.
         flags: (fusion, on or off) as set by hand; each beats the level.
         database: the database's path, None for the default one.
 
