@@ -13,6 +13,7 @@ __all__ = [
     "DatabaseError",
     "LaunchError",
     "TargetUnavailable",
+    "UnsuitedPlan",
     "UnsupportedCall",
 ]
 
@@ -50,3 +51,7 @@ class DatabaseError(AutofuseError):
 
 class UnsupportedCall(AutofuseError):
     """The arguments of a fused op are outside what its kernels compute; the reference handles them."""
+
+
+class UnsuitedPlan(UnsupportedCall):
+    """A plan is for other kernels, another device or another problem than those that are here; the reference runs."""

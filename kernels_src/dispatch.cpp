@@ -59,7 +59,7 @@ struct Result {
 };
 struct Variant {  // one bucket of the plan
     int64_t up_to_tokens;
-    uint64_t function;  // CPU: void (*)(const void*); CUDA: CUfunction
+    uint64_t function;  // CPU: void (*)(const void*); CUDA: CUfunction; 0: the reference runs
     int64_t units_per_token;
     int64_t units_per_block;
     int64_t repeat;
@@ -226,6 +226,7 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
     if (tokens > INT32_MAX) return false;  // kernels count them in 32 bits
     const Variant* variant = &entry.variants.front();
     while (variant != &entry.variants.back() && tokens > variant->up_to_tokens) ++variant;
+    if (!variant->function) return false;
     for (const TensorGuard& guard : entry.tensors)
         if (!aligned(tensors[guard.arg], guard, variant->align)) return false;
 

@@ -62,7 +62,7 @@ def test_without_a_command_the_commands_are_listed(cli: Cli) -> None:
     assert cli("--help") == listed
     for command in COMMANDS:
         assert f"  {command} " in listed
-    assert COMMANDS == ["compile", "doctor", "export", "import", "ops", "show", "tune", "why"]
+    assert COMMANDS == ["capture", "compile", "doctor", "export", "import", "ops", "show", "tune", "why"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -143,6 +143,18 @@ def test_tune_captured_tunes_what_torch_compile_left(tune_tiny: TuneTiny, cli: C
         database.record_captured(Captured(target_of(CPU), PROBLEM, 4, 4))
     assert str(PROBLEM) in tune_tiny("--captured")
     assert json.loads(tune_tiny("--captured", "--json"))["buckets"] == []
+
+
+def test_a_budget_ends_the_tuning_and_the_same_command_goes_on(
+    tune_tiny: TuneTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune_tiny("--budget", 0).startswith("Nothing was tuned")
+    assert json.loads(tune_tiny("--budget", 0, "--json"))["buckets"] == []
+    assert run(["tune", "--problem", str(PROBLEM), "--tokens", "4", "--device", "cpu", "--budget", "0"]) == 0
+    assert "the 0 s are over: 1 of 1 buckets are not tuned; the same command goes on from there" in (
+        capsys.readouterr().err
+    )
+    assert str(PROBLEM) in tune_tiny("--budget", 600)
 
 
 def test_tune_takes_a_model_from_its_config(tune_tiny: TuneTiny, cli: Cli, tmp_path: Path) -> None:

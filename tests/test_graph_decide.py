@@ -11,80 +11,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deciding import CPU, PROBLEM, buckets, compared, decide, tuned, winner
 from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, RMSNorm, isolate, without_code_generation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autofuse.cache_db import TunedDatabase, Winner, default_path
+from autofuse.cache_db import TunedDatabase, default_path
 from autofuse.errors import BadInput
 from autofuse.graph import notice
 from autofuse.graph.alignment import misalignment
-from autofuse.graph.decide import ANY_TOKENS, Decider, Knowledge, token_range
-from autofuse.graph.fusions import FUSIONS, Site
-from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
-from autofuse.graph.report import GraphReport, NearMissReport, SiteReport
+from autofuse.graph.decide import ANY_TOKENS, token_range
+from autofuse.graph.fusions import FUSIONS
+from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport
 from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import LEVELS, Settings
 from autofuse.ops import Config, LaunchShape, get_op
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 
-CPU = torch.device("cpu")
-PROBLEM = get_op("mla_dual_rms_norm").make_problem(
-    dtype="bf16", q_lora_rank=Q_RANK, kv_lora_rank=KV_RANK, cast_before_weight=True
-)
-
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path, tmp_path_factory):
     isolate(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "cache")
     notice.warn_once.cache_clear()
-
-
-def winner(tokens, gain, source_hash=None):
-    op = get_op("mla_dual_rms_norm")
-    return Winner(
-        target=target_of(CPU),
-        problem=PROBLEM,
-        tokens=tokens,
-        config=op.default_config("cpu", PROBLEM, tokens),
-        source_hash=source_hash or op.source_hash("cpu"),
-        time_us=10.0,
-        spread_us=0.1,
-        baseline="compile",
-        baseline_us=10.0 * gain,
-        gain=gain,
-        gain_low=gain - 0.05,
-        gain_high=gain + 0.05,
-    )
-
-
-def tuned(*winners):
-    with TunedDatabase(default_path()) as database:
-        for one in winners:
-            database.record_winner(one)
-
-
-def decide(tokens, options=None, refusal=None, tune=None, **changes):
-    """The decision on a site of ``tokens`` tokens."""
-    settings, _ = Settings.parse(options)
-    params = {"dtype": torch.bfloat16, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "cast_before_weight": True}
-    site = Site(
-        fusion="fuse_mla_dual_rms_norm",
-        op="mla_dual_rms_norm",
-        params=tuple({**params, **changes}.items()),
-        tokens=tokens,
-        device=CPU,
-        blocks=(),
-        refusal=refusal,
-    )
-    decider = Decider(settings, {CPU: Knowledge.of(CPU, settings)}, *([tune] if tune else []))
-    decision = decider.decide(MlaDualRMSNorm(), site)
-    decider.remember_untuned()
-    return decision
-
-
-def buckets(decision):
-    return [tokens for tokens, _ in decision.plan.buckets]
 
 
 def symbolic(low=None, high=None):
@@ -105,7 +53,7 @@ def symbolic(low=None, high=None):
 def test_static_tokens_run_the_winner_of_their_bucket():
     tuned(winner(16, 1.5), winner(64, 1.2))
     decision = decide(16)
-    assert (decision.rule, buckets(decision), decision.gain) == ("exact", [16], 1.5)
+    assert (decision.rule, buckets(decision), decision.worst.gain) == ("exact", [16], 1.5)
 
 
 def test_between_two_buckets_both_must_be_faster():
@@ -130,6 +78,39 @@ def test_a_range_of_tokens_takes_all_buckets_that_serve_it():
     tuned(winner(64, 0.9))
     assert (decide(symbolic()).plan, decide(symbolic()).rule) == (None, "range")
     assert buckets(decide(symbolic(low=2, high=16))) == [16]
+
+
+def test_only_the_buckets_inside_the_range_have_a_say():
+    tuned(winner(1, 0.5), winner(16, 1.5), winner(64, 1.2), winner(8192, 0.5))
+    assert buckets(decide(symbolic(low=2, high=20))) == [16, 64]
+    assert (decide(symbolic(low=2, high=65)).plan, decide(1).plan) == (None, None)
+
+
+def test_a_bucket_that_is_not_faster_runs_unfused_where_eager_is_the_fastest():
+    compared(winner(16, 1.5), winner(64, 0.9, baseline="eager"), winner(1024, 1.2))
+    decision = decide(symbolic(low=2, high=1000))
+    assert [config is None for _, config in decision.plan.buckets] == [False, True, False]
+    assert "unfused where it is not faster: T=64" in decision.reason
+    assert str(decision.plan).count(":unfused") == 1
+    assert (decide(64).plan, decide(64).rule) == (None, "exact")
+    assert decide(symbolic(low=17, high=64)).plan is None  # nothing would run the kernel
+    tuned(winner(64, 0.9))  # where Inductor's code is the fastest, the reference is not what the site would have run
+    assert (decide(symbolic(low=2, high=1000)).plan, decide(symbolic(low=2, high=1000)).rule) == (None, "range")
+
+
+def test_what_was_never_compared_with_inductors_code_is_left_alone():
+    alone = winner(16, 3.0, baseline="eager")
+    tuned(alone)
+    decision = decide(16)
+    assert (decision.plan, decision.rule) == (None, "baseline")
+    assert "at T=16 it was compared with eager PyTorch alone" in decision.reason
+    compared(alone)
+    assert decide(16).plan is not None
+
+
+def test_a_plan_names_the_source_it_was_tuned_with():
+    tuned(winner(16, 1.5))
+    assert decide(16).plan.source == get_op("mla_dual_rms_norm").source_hash("cpu")
 
 
 def captured_buckets_of(decision):
@@ -189,7 +170,12 @@ def test_stale_winners_do_not_count():
 def test_untuned_fuse_takes_default_configs():
     decision = decide(16, {"autofuse.untuned": "fuse"})
     assert str(decision.plan) == str(
-        Plan(target_of(CPU).arch, PROBLEM, ((16, get_op("mla_dual_rms_norm").default_config("cpu", PROBLEM, 16)),))
+        Plan(
+            target_of(CPU).arch,
+            PROBLEM,
+            ((16, get_op("mla_dual_rms_norm").default_config("cpu", PROBLEM, 16)),),
+            get_op("mla_dual_rms_norm").source_hash("cpu"),
+        )
     )
     assert buckets(decide(symbolic(low=2, high=100), {"autofuse.untuned": "fuse"})) == [64, 1024]
 
@@ -197,26 +183,6 @@ def test_untuned_fuse_takes_default_configs():
 def test_untuned_fuse_does_not_fuse_what_was_measured_to_be_slower():
     tuned(winner(16, 0.8))
     assert decide(16, {"autofuse.untuned": "fuse"}).plan is None
-
-
-def test_untuned_tune_measures_and_looks_again():
-    asked = []
-
-    def tune(problem, tokens, device, path):
-        asked.append((problem, tokens, device, path))
-        tuned(winner(16, 1.5))
-
-    assert buckets(decide(16, {"autofuse.untuned": "tune"}, tune=tune)) == [16]
-    assert asked == [(PROBLEM, (16,), CPU, default_path())]
-
-
-def test_tuning_that_fails_leaves_the_site(caplog):
-    def tune(*_):
-        raise BadInput("no such thing")
-
-    decision = decide(16, {"autofuse.untuned": "tune"}, tune=tune)
-    assert (decision.plan, decision.rule) == (None, "untuned")
-    assert "could not tune" in caplog.text
 
 
 @pytest.mark.parametrize("config", [Config.of(THREADS=1), {"TASK_ROWS": 5}, {"THREADS": 1, "TASK_ROWS": 8}], ids=str)
@@ -395,6 +361,9 @@ def test_levels_switch_on_what_they_should(level):
         ({"autofuse.fuse_mla_dual_rms_norm": "yes"}, "must be True or False"),
         ({"autofuse.fuse_mla_dual_rms": True}, "did you mean autofuse.fuse_mla_dual_rms_norm?"),
         ({"autofuse.database": 3}, "must be a path"),
+        ({"autofuse.tune_budget": "1 h"}, "must be a number of seconds from 0"),
+        ({"autofuse.tune_budget": float("inf")}, "must be a number of seconds from 0"),
+        ({"autofuse.tune_budget": True}, "must be a number of seconds from 0"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, message):
@@ -405,8 +374,11 @@ def test_options_that_make_no_sense_are_named(options, message):
 
 def test_reports_read_back_from_their_canonical_form():
     site = SiteReport("f", "op", "op(n=1)", "layers.0", "m.py:1 in forward", "cpu", "16", True, "ab", "x", "exact", "y")
-    report = GraphReport("k", "s", (site,), (NearMissReport("RMSNorm", "", "", "rsqrt", "why"),), 0.5, 0.25)
+    site = replace(site, measured=(Measured.of(winner(16, 1.5)),), gain=1.5, nearest="a row")
+    misses = (NearMissReport("RMSNorm", "", "", "rsqrt", "why"),)
+    report = GraphReport("k", "s", (site,), misses, 0.5, 0.25, blocks=(("Rope", 2),), unmatched=("fuse_x (y)",))
     again = GraphReport.from_json(report.to_json())
+    assert replace(again, from_cache=False) == report
     assert again.to_json() == report.to_json()
     assert again.from_cache
     assert not report.from_cache

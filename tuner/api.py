@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,13 @@ from autofuse.ops import OPS, Problem, get_op
 from autofuse.ops.base import DTYPES
 from autofuse.ops.buckets import RANGE_BUCKETS, buckets_serving
 from autofuse.targets import parse_device
-from autofuse.tuner.budgets import Effort
+from autofuse.tuner.budgets import STOP_GRACE_S, Effort
 from autofuse.tuner.budgets import effort as effort_named
 from autofuse.tuner.job import Bucket, BucketDone, Event, tune_buckets
 
 __all__ = [
     "DEFAULT_TOKENS",
     "MOST_TOKENS",
-    "SITE_SECONDS",
     "captured_buckets",
     "checked_problem",
     "forget_when_tuned",
@@ -37,9 +40,6 @@ __all__ = [
 
 DEFAULT_TOKENS = RANGE_BUCKETS
 """What is tuned where nobody names token counts: enough for a graph that is compiled for any T."""
-
-SITE_SECONDS = 600.0
-"""How long ``torch.compile`` waits for a site to be tuned; what was measured by then is kept."""
 
 MOST_TOKENS = 1 << 20
 """The largest T that can be tuned; more is a typing error rather than a batch."""
@@ -56,6 +56,7 @@ def tune(
     database: Path | str | None = None,
     retune: bool = False,
     seed: int = 0,
+    budget_s: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Winner]:
     """Tunes the fused ops of a model on one device: the same job as ``autofuse tune``.
@@ -73,6 +74,7 @@ def tune(
         database: the file; None for the default one.
         retune: measure again what is known.
         seed: of the search.
+        budget_s: how long it may take, in seconds; None for as long as it takes. The same call goes on from there.
         on_event: called with what happens, as it happens.
 
     Returns: the winner of each problem and T, those found earlier included.
@@ -86,7 +88,9 @@ def tune(
     budgets = effort if isinstance(effort, Effort) else effort_named(effort)
     where = parse_device(str(device))
     with TunedDatabase(None if database is None else Path(database)) as opened:
-        return tune_buckets(buckets, where, opened, budgets, retune=retune, seed=seed, on_event=on_event)
+        return tune_buckets(
+            buckets, where, opened, budgets, retune=retune, seed=seed, budget_s=budget_s, on_event=on_event
+        )
 
 
 def parse_tokens(tokens: str | Iterable[int]) -> tuple[int, ...]:
@@ -178,22 +182,77 @@ def forget_when_tuned(
     return handle
 
 
-def tune_site(problem: Problem, tokens: Sequence[int], device: torch.device, database: Path | None = None) -> None:
+def tune_site(
+    problem: Problem,
+    tokens: Sequence[int],
+    device: torch.device,
+    database: Path | None = None,
+    budget_s: float | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+) -> None:
     """Tunes one problem by ``autofuse tune`` in a process of its own.
 
     For use while ``torch.compile`` is at work: the tuner compiles the unfused code for comparison, and compilations do
-    not nest. Raises AutofuseError with the last line that the command said.
+    not nest. If this process is interrupted while it waits, the other one is told to stop, and is waited for: what it
+    has measured is kept, and the interrupt goes on to whoever called.
+
+    Args:
+        budget_s: how long it may take; STOP_GRACE_S more, and it is stopped.
+        on_line: called with each line of its progress, in another thread.
+
+    Raises AutofuseError with the last line that the command said.
     """
     command = [sys.executable, "-m", "autofuse", "tune", "--problem", str(problem), "--device", str(device)]
     command += ["--tokens", ",".join(map(str, tokens)), "--effort", "quick"]
     command += [] if database is None else ["--database", str(database)]
+    command += [] if budget_s is None else ["--budget", f"{budget_s:.1f}"]
+    # In a session of its own: Ctrl-C at a terminal reaches it once, from here.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    said: deque[str] = deque(maxlen=1)
+    reader = threading.Thread(target=_read_lines, args=(process, said, on_line), daemon=True)
+    reader.start()
     try:
-        run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SITE_SECONDS)
+        process.wait(None if budget_s is None else budget_s + STOP_GRACE_S)
     except subprocess.TimeoutExpired:
-        raise AutofuseError(f"tuning {problem} takes more than {SITE_SECONDS:.0f} s: run autofuse tune first") from None
-    if run.returncode:
-        said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        raise AutofuseError(f"tuning {problem} failed: {said[-1].removeprefix('autofuse: error: ')}")
+        raise AutofuseError(f"tuning {problem} did not end within its {budget_s:.0f} s: run autofuse tune") from None
+    finally:
+        _stop(process)
+        reader.join(STOP_GRACE_S)
+    if process.returncode:
+        last = said[0] if said else f"exit code {process.returncode}"
+        raise AutofuseError(f"tuning {problem} failed: {last.removeprefix('autofuse: error: ')}")
+
+
+def _read_lines(process: subprocess.Popen[str], said: deque[str], on_line: Callable[[str], None]) -> None:
+    assert process.stderr is not None
+    with process.stderr:
+        for line in process.stderr:
+            if text := line.strip():
+                said.append(text)
+                on_line(text)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ends a process that runs, and those it started: first as Ctrl-C does, so that it puts things in order."""
+    if process.poll() is not None:
+        return
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(STOP_GRACE_S)
+    except (subprocess.TimeoutExpired, ProcessLookupError):
+        pass
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _buckets(problems: Iterable[Problem], tokens: Sequence[int]) -> list[Bucket]:

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from autofuse.errors import BadInput
 
-__all__ = ["EFFORTS", "Effort", "effort"]
+__all__ = ["COMPILE_BUDGET_S", "EFFORTS", "FINAL_SHARE", "STOP_GRACE_S", "Effort", "effort"]
+
+COMPILE_BUDGET_S = 300.0
+"""How long the compilations of one process may tune in all, unless ``autofuse.tune_budget`` says otherwise."""
+
+FINAL_SHARE = 0.4
+"""Of the time that a bucket has within a budget, so much is kept for its last measurement, beside the unfused code."""
+
+STOP_GRACE_S = 30.0
+"""How long a tuning process may go on beyond its budget to finish the measurement it is at, and how long it may take to
+put things in order when it is told to stop."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from autofuse.runtime.dispatch import load_kernel, registry
 from autofuse.runtime.plan import Plan
 from autofuse.targets import Artifact, Target, target_of, toolchain
 from autofuse.tuner.baselines import baseline_calls
-from autofuse.tuner.budgets import Effort
+from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.measure import Gain, Ring, Runner, Timing, example_ring, gain, interleave, runner, time_alone
 from autofuse.tuner.search import search_for
@@ -76,6 +77,7 @@ def tune_buckets(
     *,
     retune: bool = False,
     seed: int = 0,
+    budget_s: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Winner]:
     """Tunes each bucket on ``device``; what the database knows of the present kernel sources is not measured again.
@@ -87,6 +89,9 @@ def tune_buckets(
     Args:
         retune: measure everything anew.
         seed: of the search.
+        budget_s: how long all of it may take, in equal shares; None for as long as it takes. A search that is cut short
+            still gives a winner, of what it measured; the next job goes on with it. Buckets that no time is left for
+            are not begun. What runs when the time is over is finished.
         on_event: called as the work goes on.
 
     Returns: the winners, of buckets that have one.
@@ -105,12 +110,17 @@ def tune_buckets(
         }
     )
     winners = []
+    end = None if budget_s is None else time.monotonic() + budget_s
     with compile_pool(target.kind, target.arch) as pool, torch.no_grad():
-        for bucket in buckets:
+        for done, bucket in enumerate(buckets):
             if bucket.tokens < 1:
                 raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
+            share_s = None if end is None else (end - time.monotonic()) / (len(buckets) - done)
+            if share_s is not None and share_s <= 0:
+                logger.info("the time is over with %d buckets to tune", len(buckets) - done)
+                break
             tuning = _BucketTuning(bucket, device, target, database, effort, provenance, pool, on_event)
-            if winner := tuning.run(retune=retune, seed=seed):
+            if winner := tuning.run(retune=retune, seed=seed, budget_s=share_s):
                 winners.append(winner)
     return winners
 
@@ -142,7 +152,8 @@ class _BucketTuning:
         self._source_hash = self._op.source_hash(target.kind)
         self._cached_ring: Ring | None = None
 
-    def run(self, *, retune: bool, seed: int) -> Winner | None:
+    def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
+        stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
         known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
         space = self._op.kernel_source(self._target.kind).space
         times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
@@ -156,9 +167,15 @@ class _BucketTuning:
         measured: set[Config] = set(known)
         compiles = any(trial.status != "compile_error" for trial in known.values())
         held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
+        cut_short = False
         for batch in search.batches():
+            if cut_short := bool(measured) and time.monotonic() >= stop_search:
+                break
             specs = [self._op.spec(self._target.kind, self._problem, config) for config in batch]
             for config, future in zip(batch, self._pool.submit(specs), strict=True):
+                if cut_short := bool(measured) and time.monotonic() >= stop_search:
+                    future.cancel()
+                    continue
                 trial = self._measure(config, future)
                 search.tell(config, trial.time_us if trial.status == "ok" else None)
                 held.append(trial)
@@ -172,6 +189,8 @@ class _BucketTuning:
         if held:
             raise TargetUnavailable(f"no config of {self._problem} compiles, the first for: {held[0].message}")
         finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
+        if cut_short and not finalists:
+            return None  # neither done nor known not to work: the next job goes on
         winner = self._final(finalists[: self._effort.finalists])
         self._on_event(BucketDone(self._bucket, winner, measured=True))
         return winner

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import typer
 
+from autofuse.cli.capture import capture
 from autofuse.cli.compile import compile_kernels
 from autofuse.cli.doctor import doctor
 from autofuse.cli.exchange import export, import_
@@ -44,6 +45,8 @@ app.command()(show)
 app.command()(why)
 app.command()(export)
 app.command("import")(import_)
+# What follows the program is the program's, options included.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(capture)
 app.command("compile")(compile_kernels)
 
 

@@ -47,6 +47,10 @@ def tune(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="An exact problem, as `autofuse show` prints it; may be repeated."),
     ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Seconds after which nothing new is begun; the same command goes on from there.", min=0.0),
+    ] = None,
     database: DatabaseOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -97,7 +101,16 @@ def tune(
 
             handler: Callable[[Event], None] = api.forget_when_tuned(opened, sites, observe)
             try:
-                tune_buckets(buckets, where, opened, effort_budget, retune=retune, seed=seed, on_event=handler)
+                tune_buckets(
+                    buckets,
+                    where,
+                    opened,
+                    effort_budget,
+                    retune=retune,
+                    seed=seed,
+                    budget_s=budget,
+                    on_event=handler,
+                )
             except KeyboardInterrupt:
                 show(None)
                 typer.echo(
@@ -106,6 +119,12 @@ def tune(
                     err=True,
                 )
                 raise typer.Exit(_INTERRUPTED) from None
+        if left := len(buckets) - len(done):
+            typer.echo(
+                f"autofuse: the {budget:g} s are over: {left} of {len(buckets)} buckets are not tuned; "
+                "the same command goes on from there",
+                err=True,
+            )
         _report(opened, done, json)
     if any(event.winner is None for event in done):
         raise typer.Exit(1)
@@ -168,6 +187,9 @@ def _report(database: TunedDatabase, done: Sequence[BucketDone], json: bool) -> 
         if event.winner is None:
             name = f"{event.bucket.problem} at T={event.bucket.tokens}"
             typer.echo(f"{name}: no config works; `autofuse show --failures` says why")
+    if not done:
+        typer.echo(f"Nothing was tuned; the database is {database.path}")
+        return
     known = sum(not event.measured for event in done)
     typer.echo(
         ("Everything was tuned already" if known == len(done) else f"{known} of {len(done)} buckets were tuned already")

@@ -1,7 +1,8 @@
-"""``autofuse why``: how one lookup in the database is answered."""
+"""``autofuse why``: what became of the graphs that were compiled, or how one lookup in the database is answered."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -21,7 +22,10 @@ _MODEL = "deepseek-v3"
 
 
 def why(
-    op: Annotated[str, typer.Argument(help="The fused op.")],
+    op: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A fused op, to walk one lookup; without it, the graphs that were compiled last."),
+    ] = None,
     keys: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
         typer.Argument(help="Parameters of the problem, e.g. q_lora_rank=1536; the others are those of --model."),
@@ -29,15 +33,30 @@ def why(
     tokens: Annotated[str, typer.Option(help="T, or a range such as 2..64.")] = "1",
     model: Annotated[str, typer.Option(help="A preset, or a path to a config.json.")] = _MODEL,
     device: DeviceOption = "auto",
+    last: Annotated[int, typer.Option(help="Without an op: how many graphs, the latest last.", min=1)] = 10,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Without an op: write them as one HTML page.", metavar="PATH"),
+    ] = None,
     database: DatabaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say how one lookup is answered.
+    """Say what became of each site of a model, and why.
 
-    Would this op be fused on this machine, for this problem and T, and why? Step by step.
+    Without an op: of each site of the graphs that were compiled last on this machine, in any process, where it is in
+    the model, whether it is fused, what was measured, or what kept it from being fused.
+
+    With an op: how one lookup is answered, step by step. Would this op be fused here, for this problem and T?
+
+    Example: autofuse why --html report.html
 
     Example: autofuse why mla_dual_rms_norm dtype=bf16 q_lora_rank=1536 kv_lora_rank=512 --tokens 64
     """
+    if op is None:
+        _graphs(last, html, json)
+        return
+    if html is not None:
+        raise BadInput("--html shows graphs: leave the op out")
     chosen = get_op(op)
     problem = _problem(chosen, keys or [], model)
     low, high = _range(tokens)
@@ -57,6 +76,21 @@ def why(
         print_json({**facts, "beats_baseline": answer.beats_baseline, "winners": answer.winners, "steps": lines})
     else:
         typer.echo("\n".join(lines))
+
+
+def _graphs(last: int, html: Path | None, json: bool) -> None:
+    """The reports that are kept beside Inductor's cache."""
+    from autofuse.graph.report_html import html_page
+    from autofuse.graph.report_store import store
+
+    graphs = store.recent(last)
+    if html is not None:
+        html.write_text(html_page(graphs, "What autofuse did"), encoding="utf-8")
+        typer.echo(f"{html}: {len(graphs)} graphs", err=json)
+    if json:
+        print_json({"graphs": [graph.as_dict() for graph in graphs]})
+    elif html is None:
+        typer.echo("\n\n".join(map(str, graphs)) or f"No graph was compiled yet: {store.folder} holds no report.")
 
 
 def _problem(op: FusedOp, keys: list[str], model: str) -> Problem:

@@ -24,6 +24,8 @@ def misalignment(op: FusedOp, plan: Plan, tensors: Mapping[int, torch.Tensor]) -
     """
     arguments = torch._C.parse_schema(op.name + op.schema).arguments
     for tokens, config in plan.buckets:
+        if config is None:
+            continue
         align = op.launch_shape(plan.problem, config).align
         for arg in op.binding(plan.problem).tensors:
             if arg.index not in tensors:

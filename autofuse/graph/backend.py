@@ -12,6 +12,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 
 from autofuse.errors import BadInput
+from autofuse.graph.compile_tuning import tune_in_process
 from autofuse.graph.decide import Knowledge
 from autofuse.graph.graph_pass import FusionPass
 from autofuse.graph.origin import Origins
@@ -70,6 +71,7 @@ def autofuse(
     patches = _inductor_options(mode, others)
     specialise_eps(gm.graph)
     watch = watching.get()
+    stop = watch is not None and watch.stop
     collected = _Collected()
     ours = FusionPass(
         settings=settings,
@@ -79,13 +81,16 @@ def autofuse(
         key_of=lambda identity: report_key(gm, example_inputs, identity),
         reported=collected.add,
         ranges=symbol_ranges(example_inputs),
-        stop=watch is not None and watch.stop,
+        tune=None if stop else tune_in_process,
+        stop=stop,
     )
+    # What is only looked at is decided anew. What a budget of time left untuned is tried again.
+    ours.cached = not stop and not (settings.untuned == "tune" and _left_untuned(ours.key))
     compiled: Any
     try:
         compiled = compile_fx(gm, example_inputs, config_patches={**patches, _PASS: ours})
     except Exception:
-        if watch is None or not watch.stop or collected.report is None:
+        if not stop or collected.report is None:
             raise
         compiled = gm.forward
     collected.finish(ours.key, settings)
@@ -121,15 +126,20 @@ class _Collected:
         """After compiling: if no pass ran, Inductor had the graph in its cache, and the report is kept with us."""
         if self.report is None:
             kept = store.load(key)
-            self.report = kept or GraphReport(
-                key, str(settings), from_cache=True, note="compiled earlier; its report is not kept any more"
-            )
+            lost = "compiled earlier, and its report is not kept any more; autofuse.explain(model, *inputs) makes one"
+            self.report = kept or GraphReport(key, str(settings), from_cache=True, note=lost)
             store.remember(self.report)
 
     @staticmethod
     def _keep(report: GraphReport) -> None:
         store.remember(report)
         store.save(report)
+
+
+def _left_untuned(key: str) -> bool:
+    """Whether the graph was compiled before and has sites that nobody had measured."""
+    kept = store.load(key)
+    return kept is not None and any(site.verdict in ("untuned", "stale") for site in kept.sites)
 
 
 def _devices(example_inputs: Sequence[Any]) -> list[torch.device]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, default_path
+from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner, default_path
 from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import misalignment
+from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
+from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.recognise.nodes import expression
@@ -29,13 +31,9 @@ __all__ = [
     "Decider",
     "Decision",
     "Knowledge",
-    "Tuner",
     "describe_tokens",
     "token_range",
 ]
-
-ANY_TOKENS = 1 << 31
-"""The most tokens a call is taken to have where its graph sets no bound."""
 
 _MANY_TOKENS = 1 << 20
 """The T for which a config is looked up in its search space: constraints on configs for too few tokens hold there."""
@@ -43,25 +41,36 @@ _MANY_TOKENS = 1 << 20
 _REMEMBER_TIMEOUT_S = 0.2
 """How long a compilation waits for the database to take a note that it can do without."""
 
-Tuner = Callable[[Problem, tuple[int, ...], torch.device, Path], None]
-"""Tunes a problem at some T on a device into a database. Raises AutofuseError."""
-
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one site, by which rule, and why. ``plan`` is None where it is left alone.
+    """What becomes of one site, by which rule, and why.
 
-    ``saved_us``: by how much a call is faster than the baseline, on average over the buckets that serve the site; None
-    where nobody measured.
+    Attributes:
+        plan: what the fused op runs; None where the site is left alone.
+        rule: of the lookup, or what else decided: ``level``, ``refused``, ``unsupported``, ``target``, ``baseline``,
+            ``overlap``.
+        reason: the same as a sentence.
+        key: what was looked up; None where nothing was.
+        winners: what answered, the bucket whose config runs first.
+        saved_us: by how much a call is faster than the baseline, on average over the buckets that serve the site; None
+            where nobody measured.
+        nearest: for a site that nobody measured, the nearest row and what it differs in.
     """
 
     plan: Plan | None
     rule: str
     reason: str
     problem: Problem | None = None
-    gain: float | None = None
-    gain_low: float | None = None
+    key: Key | None = None
+    winners: tuple[Winner, ...] = ()
     saved_us: float | None = None
+    nearest: str = ""
+
+    @property
+    def worst(self) -> Winner | None:
+        """Of what answered, the bucket that gains least."""
+        return min(self.winners, key=lambda winner: winner.gain_low, default=None)
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,6 @@ class Knowledge:
         return f"{self.target}|{self.snapshot.digest if self.snapshot else self.fault}"
 
 
-def _tune_site(problem: Problem, tokens: tuple[int, ...], device: torch.device, database: Path) -> None:
-    from autofuse.tuner.api import tune_site  # here: without it, whoever compiles a tuned model needs no optuna
-
-    tune_site(problem, tokens, device, database)
-
-
 def token_range(tokens: int | torch.SymInt) -> tuple[int, int]:
     """(lowest, highest) T that a graph may be called with; equal if T is static."""
     expr = expression(tokens)
@@ -116,17 +119,24 @@ class Decider:
     Attributes:
         settings: the user's.
         known: what is known of each device of the graph.
-        tune: measures a problem at some T; for ``untuned="tune"``.
+        tune: measures a problem at some T, for ``untuned="tune"``; None where nothing is to be tuned.
         kernel_seconds: spent so far compiling and tuning kernels.
     """
 
     settings: Settings
     known: dict[torch.device, Knowledge]
-    tune: Tuner = _tune_site
+    tune: Tuner | None = tune_in_process
     kernel_seconds: float = 0.0
-    _tried: set[tuple[Problem, torch.device, int, int]] = field(default_factory=set)
+    _evidence: Evidence = field(init=False)
     _compiled: set[tuple[Problem, Config]] = field(default_factory=set)
     _captured: dict[Captured, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._evidence = Evidence(self._database)
+
+    @property
+    def _database(self) -> Path:
+        return self.settings.database or default_path()
 
     def decide(self, fusion: Fusion, site: Site) -> Decision:
         """Never raises for what may be wrong with a machine: it leaves the site alone and says why."""
@@ -154,41 +164,62 @@ class Decider:
             return Decision(None, "target", str(error), problem)
 
     def _by_measurement(self, op: FusedOp, problem: Problem, site: Site, known: Knowledge, target: Target) -> Decision:
-        low, high = token_range(site.tokens)
-        lookup = self._lookup(op, problem, known, target, low, high)
+        key = Key(target, problem, *token_range(site.tokens), op.source_hash(target.kind))
+        lookup = self._lookup(known, key)
         if not lookup.winners and self.settings.untuned == "tune":
-            known = self._tuned(problem, site.device, known, low, high)
-            lookup = self._lookup(op, problem, known, target, low, high)
+            lookup = self._tuned(key, site.device, lookup)
         if lookup.winners:
-            if (why := _outside_space(op, problem, target.kind, lookup)) is not None:
-                return Decision(None, "refused", why, problem)
-            return _measured(lookup, problem, target, low == high)
+            return self._measured(op, key, lookup)
+        decision = Decision(None, lookup.rule, lookup.reason, problem, key)
         if self.settings.untuned == "fuse":
-            plan = Plan(target.arch, problem, _default_buckets(op, target.kind, problem, low, high))
-            return Decision(plan, lookup.rule, f"{lookup.reason}; autofuse.untuned is 'fuse': default config", problem)
+            buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
+            reason = f"{lookup.reason}; autofuse.untuned is 'fuse': default config"
+            return replace(decision, plan=Plan(target.arch, problem, buckets, key.source_hash), reason=reason)
         if known.snapshot is not None:
-            self._captured[Captured(target, problem, low, high)] = None
-        return Decision(None, lookup.rule, lookup.reason, problem)
+            self._captured[key.captured] = None
+        reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
+        return replace(decision, reason=reason, nearest=self._evidence.nearest(key))
 
-    def _lookup(self, op: FusedOp, problem: Problem, known: Knowledge, target: Target, low: int, high: int) -> Lookup:
+    def _measured(self, op: FusedOp, key: Key, lookup: Lookup) -> Decision:
+        """By what was measured: whether every T that the site may be called with is served by something faster."""
+        saved = statistics.mean(winner.baseline_us - winner.time_us for winner in lookup.winners)
+        decision = Decision(None, lookup.rule, lookup.reason, key.problem, key, lookup.winners, saved)
+        if (why := _outside_space(op, key.problem, key.target.kind, lookup)) is not None:
+            return replace(decision, rule="refused", reason=why)
+        if (doubtful := self._evidence.only_eager(lookup.winners)) is not None:
+            why = (
+                f"at T={doubtful.tokens} it was compared with eager PyTorch alone, and the code that Inductor would "
+                f"generate was not measured: run `autofuse tune --retune --problem '{key.problem}' --tokens "
+                f"{doubtful.tokens}` where torch.compile works"
+            )
+            return replace(decision, rule="baseline", reason=why)
+        static = key.tokens_low == key.tokens_high
+        buckets = _static_bucket(lookup) if static else _range_buckets(op, lookup)
+        if buckets is None:
+            return decision
+        unfused = ", ".join(f"T={tokens}" for tokens, config in buckets if config is None)
+        reason = f"{lookup.reason}; unfused where it is not faster: {unfused}" if unfused else lookup.reason
+        return replace(decision, plan=Plan(key.target.arch, key.problem, buckets, key.source_hash), reason=reason)
+
+    def _lookup(self, known: Knowledge, key: Key) -> Lookup:
         if known.snapshot is None:
             warn_once(f"autofuse cannot read what was tuned: {known.fault}")
             return Lookup("untuned", (), known.fault)
-        return known.snapshot.lookup(problem, low, high, op.source_hash(target.kind))
+        return known.snapshot.lookup(key.problem, key.tokens_low, key.tokens_high, key.source_hash)
 
-    def _tuned(self, problem: Problem, device: torch.device, known: Knowledge, low: int, high: int) -> Knowledge:
-        """Measures a problem, once however many sites of the graph have it, and reads the database again."""
-        if (problem, device, low, high) in self._tried:
-            return known
-        self._tried.add((problem, device, low, high))
+    def _tuned(self, key: Key, device: torch.device, before: Lookup) -> Lookup:
+        """Measures what was not measured, if there is time left for it, and looks again."""
+        if self.tune is None:
+            return replace(before, reason=f"{before.reason}; autofuse.untuned is 'tune': it is tuned while compiling")
         begin = time.perf_counter()
-        try:
-            self.tune(problem, buckets_serving(low, high), device, self.settings.database or default_path())
-        except AutofuseError as error:
-            warn_once(f"autofuse could not tune {problem}: {error}")
+        low, high = key.tokens_low, key.tokens_high
+        why = tuning_time.tune(self.tune, key.problem, low, high, device, self._database, self.settings.tune_budget)
         self.kernel_seconds += time.perf_counter() - begin
-        self.known[device] = Knowledge.of(device, self.settings)
-        return self.known[device]
+        self.known[device] = known = Knowledge.of(device, self.settings)
+        after = self._lookup(known, key)
+        if after.winners:
+            return after
+        return replace(after, reason=f"{after.reason}; {why or 'tuning while compiling found nothing in its time'}")
 
     def _with_kernels(self, op: FusedOp, decision: Decision, target: Target) -> Decision:
         """Compiles the plan's kernels (or finds them compiled): what cannot be compiled must not be fused."""
@@ -197,7 +228,7 @@ class Decider:
         begin = time.perf_counter()
         try:
             for _, config in decision.plan.buckets:
-                if (decision.plan.problem, config) not in self._compiled:
+                if config is not None and (decision.plan.problem, config) not in self._compiled:
                     toolchain(target.kind).compile(op.spec(target.kind, decision.plan.problem, config), target.arch)
                     self._compiled.add((decision.plan.problem, config))
         finally:
@@ -207,7 +238,7 @@ class Decider:
     def remember_untuned(self) -> None:
         """Writes the sites that nobody measured into the database, for ``autofuse tune --captured``."""
         if self._captured:
-            _notebook.write(self.settings.database or default_path(), self._captured)
+            _notebook.write(self._database, self._captured)
         self._captured.clear()
 
 
@@ -235,15 +266,25 @@ class _Notebook:
 _notebook = _Notebook()
 
 
-def _measured(lookup: Lookup, problem: Problem, target: Target, static: bool) -> Decision:
-    worst = min(lookup.winners, key=lambda winner: winner.gain_low)
-    plan = None
-    if lookup.beats_baseline:
-        # One static T runs the first winner; the others only have a say in whether it is faster.
-        runs = lookup.winners[:1] if static else lookup.winners
-        plan = Plan(target.arch, problem, tuple((winner.tokens, winner.config) for winner in runs))
-    saved = statistics.mean(winner.baseline_us - winner.time_us for winner in lookup.winners)
-    return Decision(plan, lookup.rule, lookup.reason, problem, worst.gain, worst.gain_low, saved)
+def _static_bucket(lookup: Lookup) -> tuple[tuple[int, Config | None], ...] | None:
+    """What one static T runs: the first winner. The others only have a say in whether it is faster."""
+    if not lookup.beats_baseline:
+        return None
+    return ((lookup.winners[0].tokens, lookup.winners[0].config),)
+
+
+def _range_buckets(op: FusedOp, lookup: Lookup) -> tuple[tuple[int, Config | None], ...] | None:
+    """What a range of T runs; None if some T would be slower than without the fusion, or none faster.
+
+    A bucket that is not faster may run unfused where nothing is lost by that: where the op's reference, run eagerly, is
+    the fastest that was measured, Inductor's code included.
+    """
+    eager = type(op).unfused is FusedOp.unfused  # else what was measured is not what a plan would run
+    if not any(winner.beats_baseline for winner in lookup.winners):
+        return None
+    if not all(winner.beats_baseline or (eager and winner.baseline == "eager") for winner in lookup.winners):
+        return None
+    return tuple((winner.tokens, winner.config if winner.beats_baseline else None) for winner in lookup.winners)
 
 
 def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> str | None:
@@ -262,16 +303,15 @@ def _if_aligned(op: FusedOp, site: Site, decision: Decision) -> Decision:
     """The decision, unless a kernel of its plan could never run on the site's tensors."""
     if decision.plan is None or (why := misalignment(op, decision.plan, site.tensors())) is None:
         return decision
-    return Decision(None, "refused", f"only the op's reference could run here: {why}", decision.problem)
+    return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 
 
-def _default_buckets(op: FusedOp, kind: str, problem: Problem, low: int, high: int) -> tuple[tuple[int, Config], ...]:
+def _default_buckets(
+    op: FusedOp, kind: str, problem: Problem, low: int, high: int
+) -> tuple[tuple[int, Config | None], ...]:
     return tuple((bucket, op.default_config(kind, problem, bucket)) for bucket in buckets_serving(low, high))
 
 
 def describe_tokens(tokens: Any) -> str:
     """``16``, ``2…64`` or ``2…∞``."""
-    low, high = token_range(tokens)
-    if low == high:
-        return str(low)
-    return f"{low}…{'∞' if high == ANY_TOKENS else high}"
+    return describe_range(*token_range(tokens))

@@ -12,13 +12,17 @@ import torch
 
 from autofuse.graph.backend import Watch, autofuse, watching
 from autofuse.graph.report import GraphReport
+from autofuse.graph.report_html import html_page
 
 __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The reports of a model's graphs, in the order in which they were compiled. ``str()`` of it is for people."""
+    """The reports of a model's graphs, in the order in which they were compiled.
+
+    ``str()`` of it is for people, ``to_json`` for programs, ``html`` for a browser.
+    """
 
     graphs: tuple[GraphReport, ...]
 
@@ -31,11 +35,17 @@ class Explanation:
         return sum(graph.fused for graph in self.graphs)
 
     def __str__(self) -> str:
-        head = f"{self.fused} of {self.sites} sites fused in {len(self.graphs)} graphs"
+        graphs = "1 graph" if len(self.graphs) == 1 else f"{len(self.graphs)} graphs"
+        head = f"{self.fused} of {self.sites} sites fused in {graphs}"
         return "\n\n".join([head, *map(str, self.graphs)])
 
     def to_json(self) -> str:
+        """One object: ``graphs``, each with its ``sites`` and ``near_misses``."""
         return json.dumps({"graphs": [graph.as_dict() for graph in self.graphs]}, sort_keys=True, ensure_ascii=False)
+
+    def html(self, title: str = "What autofuse does to this model") -> str:
+        """One page that needs nothing else; write it into a file, as UTF-8."""
+        return html_page(self.graphs, title)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -43,11 +53,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     ``model`` is a module or function, or one compiled by ``torch.compile(..., backend="autofuse")``, whose options then
     count. It is traced anew and runs once, eagerly, so that caches among its arguments are written to; no kernel of
-    Inductor is compiled, and what was compiled before stays.
+    Inductor is compiled, nothing is tuned, no cache is asked, and what was compiled before stays. What nobody measured
+    is remembered as by a compilation.
 
     Example:
         >>> print(explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))  # doctest: +ELLIPSIS
-        0 of 0 sites fused in 1 graphs
+        0 of 0 sites fused in 1 graph
         ...
     """
     plain, wrapper = _unwrapped(model)

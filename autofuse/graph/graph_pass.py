@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch.fx import Graph
 
 from autofuse.errors import UnsupportedCall
 from autofuse.graph.blocks import Found
+from autofuse.graph.compile_tuning import Tuner, tune_in_process
 from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
 from autofuse.graph.fusions import FUSIONS, Fusion, Site
 from autofuse.graph.notice import logger, warn_once
 from autofuse.graph.origin import Origins
 from autofuse.graph.recognise import recognise
-from autofuse.graph.report import GraphReport, NearMissReport, SiteReport
+from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport, count_blocks
 from autofuse.graph.settings import Settings
 from autofuse.ops import OPS
 from autofuse.targets import KINDS
@@ -68,7 +70,11 @@ class FusionPass(_AwarePass):
         key_of: from this pass's identity to the report's key.
         reported: receives a report each time the pass has run: once for a graph without subgraphs or backward.
         ranges: of the graph's symbols, in canonical form.
+        tune: what tunes for ``untuned="tune"``; None if nothing is to be tuned.
         stop: raise StoppedError after reporting.
+
+    Attributes:
+        cached: whether Inductor may keep the graph in its caches, and take it from there.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class FusionPass(_AwarePass):
         key_of: Callable[[str], str],
         reported: Callable[[GraphReport], None],
         ranges: str = "",
+        tune: Tuner | None = tune_in_process,
         stop: bool = False,
     ) -> None:
         self._settings = settings
@@ -87,6 +94,8 @@ class FusionPass(_AwarePass):
         self._origins = origins
         self._theirs = tuple(theirs)
         self._reported = reported
+        self._tune = tune
+        self.cached = True
         self._stop = stop
         facts = (f"{device}={fact}" for device, fact in self._known.items())
         # Inductor's own key does not hold the ranges of symbols, on which the choice of buckets depends.
@@ -94,9 +103,9 @@ class FusionPass(_AwarePass):
         self.key = key_of(self.identity)
 
     def uuid(self) -> Any | None:
-        """Covers all that the pass depends on; None, if a user's pass has none, switches Inductor's caches off."""
+        """Covers all that the pass depends on; None switches Inductor's caches off, as where a user's pass has none."""
         theirs = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self._theirs]
-        return None if not all(theirs) else (self.identity, *theirs)
+        return None if not self.cached or not all(theirs) else (self.identity, *theirs)
 
     def __call__(self, graph: Graph, is_inference: bool = True) -> None:
         for one in self._theirs:
@@ -111,7 +120,7 @@ class FusionPass(_AwarePass):
 
     def _run(self, graph: Graph) -> GraphReport:
         begin = time.perf_counter()
-        decider = Decider(self._settings, dict(self._known))
+        decider = Decider(self._settings, dict(self._known), self._tune)
         sites: list[SiteReport] = []
         found, note = Found(), ""
         try:
@@ -127,7 +136,7 @@ class FusionPass(_AwarePass):
         for index in _rewriting_order(decided):
             fusion, site, decision = decided[index]
             if decision.plan is not None and (why := _rewrite(graph, fusion, site, str(decision.plan))) is not None:
-                sites[index] = self._site_report(site, Decision(None, "refused", why, decision.problem))
+                sites[index] = self._site_report(site, replace(decision, plan=None, rule="refused", reason=why))
         decider.remember_untuned()
         return GraphReport(
             key=self.key,
@@ -137,10 +146,18 @@ class FusionPass(_AwarePass):
             pass_seconds=time.perf_counter() - begin - decider.kernel_seconds,
             kernel_seconds=decider.kernel_seconds,
             note=note,
+            blocks=count_blocks(found),
+            unmatched=() if note else self._unmatched(decided),
         )
 
+    def _unmatched(self, decided: Sequence[Decided]) -> tuple[str, ...]:
+        """The fusions that are on and have no site."""
+        matched = {(site.fusion, site.op) for _, site, _ in decided}
+        on = [f for f in FUSIONS if self._settings.switched_on(f)[0] and (f.name, f.op) not in matched]
+        return tuple(f"{fusion.name} ({fusion.op})" for fusion in on)
+
     def _site_report(self, site: Site, decision: Decision) -> SiteReport:
-        plan = decision.plan
+        plan, worst = decision.plan, decision.worst
         return SiteReport(
             fusion=site.fusion,
             op=site.op,
@@ -154,8 +171,12 @@ class FusionPass(_AwarePass):
             plan_text=str(plan or ""),
             rule=decision.rule,
             reason="; ".join(filter(None, (decision.reason, site.note() if plan else ""))),
-            gain=decision.gain,
-            gain_low=decision.gain_low,
+            node=str(site.anchor),
+            dialect=self._origins.dialect(node for block in site.blocks for node in block.nodes),
+            looked_up=str(decision.key or ""),
+            nearest=decision.nearest,
+            measured=tuple(map(Measured.of, decision.winners)),
+            **({"gain": worst.gain, "gain_low": worst.gain_low, "gain_high": worst.gain_high} if worst else {}),
         )
 
     def _near_miss_reports(self, found: Found) -> list[NearMissReport]:
@@ -193,8 +214,7 @@ def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
         _, winner, better = decided[rival]
         won, this = _merit(winner, better), _merit(site, decision)
         reason = f"{winner.op} ({winner.fusion}) replaces nodes of it and {won}; this one {this}"
-        lost = Decision(None, "overlap", reason, decision.problem, decision.gain, decision.gain_low, decision.saved_us)
-        result[index] = (fusion, site, lost)
+        result[index] = (fusion, site, replace(decision, plan=None, rule="overlap", reason=reason))
     return result
 
 

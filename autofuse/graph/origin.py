@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 __all__ = ["Origins"]
+
+_PYTORCH = ("aten", "prims", "inductor_prims")
+"""The namespaces of operators that plain PyTorch code becomes."""
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 class Origins:
-    """Module paths and source lines of nodes.
+    """Module paths, source lines and dialects of nodes.
 
     Post-grad nodes have lost the modules that Dynamo's nodes carry, but keep the names of Dynamo's nodes; so the
-    module paths are read from Dynamo's graph before it is compiled.
+    modules are read from Dynamo's graph before it is compiled.
+
+    Args:
+        modules: of Dynamo's nodes, by their names: the innermost module's path, and the library that its class is of.
     """
 
-    def __init__(self, modules: Mapping[str, str]) -> None:
+    def __init__(self, modules: Mapping[str, tuple[str, str]]) -> None:
         self._modules = dict(modules)
 
     @classmethod
@@ -30,12 +37,14 @@ class Origins:
         for node in graph.nodes:
             stack = node.meta.get("nn_module_stack")
             if stack:
-                modules[node.name] = _tidy(str(next(reversed(stack.values()))[0]))
+                path, kind = next(reversed(stack.values()))
+                name = kind if isinstance(kind, str) else kind.__module__
+                modules[node.name] = (_tidy(str(path)), name.split(".")[0])
         return cls(modules)
 
     def module(self, nodes: Iterable[Node]) -> str:
         """The innermost module that all of ``nodes`` belong to, e.g. ``model.layers.0.self_attn``; "" if unknown."""
-        paths = [path.split(".") for node in nodes if (path := self._module_of(node))]
+        paths = [path.split(".") for node in nodes if (path := self._module_of(node)[0])]
         if not paths:
             return ""
         return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False)))
@@ -56,14 +65,32 @@ class Origins:
         file, line, function = frames[-1]
         return f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
 
-    def _module_of(self, node: Node) -> str:
+    def dialect(self, nodes: Iterable[Node]) -> str:
+        """What ``nodes`` are written in: the operators that are not PyTorch's own, else ``plain PyTorch`` and the
+        library that holds it, e.g. ``plain PyTorch (transformers)``.
+        """
+        nodes = list(nodes)
+        operators = {name: None for node in nodes for name in _operators(node)}
+        if operators:
+            return ", ".join(operators)
+        libraries = {library: None for node in nodes if (library := self._module_of(node)[1])}
+        return f"plain PyTorch ({', '.join(libraries)})" if libraries else "plain PyTorch"
+
+    def _module_of(self, node: Node) -> tuple[str, str]:
         sources: Any = node.meta.get("from_node")
         while sources:
             found = self._modules.get(sources[0].name)
             if found is not None:
                 return found
             sources = getattr(sources[0], "from_node", None)
-        return ""
+        return "", ""
+
+
+def _operators(node: Node) -> Iterator[str]:
+    """The operator that ``node`` calls, if it is not PyTorch's own; behind auto_functionalized, too."""
+    for target in (node.target, *node.args[:1]):
+        if isinstance(target, torch._ops.OpOverload) and target.namespace not in _PYTORCH:
+            yield str(target.name())
 
 
 def _tidy(path: str) -> str:

@@ -7,6 +7,9 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,10 @@ class ReportStore:
     def __init__(self) -> None:
         self._latest: deque[GraphReport] = deque(maxlen=KEPT_IN_MEMORY)
 
+    @property
+    def folder(self) -> Path:
+        return cache_folder() / "reports"
+
     def latest(self) -> list[GraphReport]:
         return list(self._latest)
 
@@ -40,7 +47,7 @@ class ReportStore:
 
     def save(self, report: GraphReport) -> None:
         """Writes ``report`` for other processes; a failure is logged and nothing else."""
-        path = cache_folder() / "reports" / f"{report.key}.json"
+        path = self.folder / f"{report.key}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
@@ -55,12 +62,30 @@ class ReportStore:
             logger.info("report %s cannot be kept: %s", path, error)
 
     def load(self, key: str) -> GraphReport | None:
-        """The report kept under ``key``; None if there is none that can be read."""
+        """The report kept under ``key``, which becomes the most recent one; None if there is none that can be read."""
+        path = self.folder / f"{key}.json"
         try:
-            return GraphReport.from_json((cache_folder() / "reports" / f"{key}.json").read_text(encoding="utf-8"))
+            report = GraphReport.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             logger.info("no report for %s: %s", key, error)
             return None
+        with suppress(OSError):  # another user's, perhaps
+            os.utime(path)
+        return report
+
+    def recent(self, most: int) -> list[GraphReport]:
+        """Of all processes, the ``most`` graphs that were compiled or taken from the cache last, the latest last."""
+        used: list[tuple[int, Path]] = []
+        for path in self.folder.glob("[!.]*.json"):
+            with suppress(OSError):  # gone meanwhile
+                used.append((path.stat().st_mtime_ns, path))
+        reports: list[GraphReport] = []
+        for _, path in sorted(used, reverse=True):
+            if len(reports) == most:
+                break
+            with suppress(OSError, ValueError):  # of another version
+                reports.append(replace(GraphReport.from_json(path.read_text(encoding="utf-8")), from_cache=False))
+        return reports[::-1]
 
 
 store = ReportStore()

@@ -10,6 +10,7 @@ from typing import Any
 
 from autofuse.errors import BadInput
 from autofuse.graph.fusions import FUSIONS, Fusion
+from autofuse.tuner.budgets import COMPILE_BUDGET_S
 
 __all__ = ["LEVELS", "PREFIX", "UNTUNED", "Settings"]
 
@@ -26,6 +27,9 @@ class Settings:
         level: ``O0`` nothing; ``O1`` to ``O3`` switch on more and more fusions.
         untuned: what happens at a site that nobody measured: ``skip`` leaves it and remembers it for ``autofuse tune
             --captured``, ``fuse`` runs the kernel's default config, ``tune`` measures it while compiling.
+        tune_budget: seconds that ``untuned="tune"`` may take in one process, all its compilations together; what is
+            not tuned by then is left and remembered as by ``skip``. A measurement that has begun is ended: that may
+            take half a minute more.
         flags: (fusion, on or off) as set by hand; each beats the level.
         database: the database's path, None for the default one.
 
@@ -37,6 +41,7 @@ class Settings:
 
     level: str = "O2"
     untuned: str = "skip"
+    tune_budget: float = COMPILE_BUDGET_S
     flags: tuple[tuple[str, bool], ...] = ()
     database: Path | None = None
 
@@ -55,6 +60,8 @@ class Settings:
                 ours[name] = _choice(key, value, LEVELS)
             elif name == "untuned":
                 ours[name] = _choice(key, value, UNTUNED)
+            elif name == "tune_budget":
+                ours[name] = _seconds(key, value)
             elif name == "database":
                 ours[name] = _path(key, value)
             elif name in _flag_names():
@@ -67,7 +74,9 @@ class Settings:
         return cls(flags=tuple(sorted(flags.items())), **ours), others
 
     def __str__(self) -> str:
-        """What decisions depend on, in canonical form; of the database, its content counts, not its path."""
+        """What decisions depend on, in canonical form; of the database, its content counts, not its path. What a
+        budget of time left untuned is in no cache.
+        """
         flags = "".join(f",{name}={'on' if on else 'off'}" for name, on in self.flags)
         return f"level={self.level},untuned={self.untuned}{flags}"
 
@@ -85,7 +94,7 @@ def _flag_names() -> list[str]:
 
 
 def _names() -> list[str]:
-    return ["level", "untuned", "database", *_flag_names()]
+    return ["level", "untuned", "tune_budget", "database", *_flag_names()]
 
 
 def _hint(name: str) -> str:
@@ -99,6 +108,12 @@ def _choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise BadInput(f"option {key} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
     return str(value)
+
+
+def _seconds(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise BadInput(f"option {key} must be a number of seconds from 0, not {value!r}")
+    return float(value)
 
 
 def _path(key: str, value: Any) -> Path:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from autofuse.errors import AutofuseError, BadInput, UnsupportedCall
-from autofuse.ops import OPS, Binding, Config, FusedOp, Problem
+from autofuse.errors import AutofuseError, BadInput, UnsuitedPlan, UnsupportedCall
+from autofuse.ops import OPS, Binding, Config, FusedOp, LaunchShape, Problem
 from autofuse.ops.buckets import RANGE_BUCKETS
 from autofuse.runtime.native import NativeDispatcher, Variant, load_native
 from autofuse.runtime.plan import Plan
@@ -61,7 +61,7 @@ class BoundPlan:
         tokens = self.binding.tokens(args)
         bucket = bisect_left(self.variants, tokens, key=lambda variant: variant.tokens)
         variant = self.variants[min(bucket, len(self.variants) - 1)]
-        if not self.binding.launchable(args, variant.shape.align):
+        if variant.kernel is None or not self.binding.launchable(args, variant.shape.align):
             return self.op.reference(*args)
         results = self.binding.allocate(args)
         if tokens:
@@ -72,19 +72,24 @@ class BoundPlan:
 def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
     """Loads a plan's kernels.
 
-    Raises: UnsupportedCall (a plan for another arch, or with a config outside the op's search space, which may compute
-        anything), CompileError, LaunchError, TargetUnavailable.
+    Raises: UnsuitedPlan (a plan for another arch or another source of the kernel, or with a config outside the op's
+        search space, which may compute anything), UnsupportedCall, CompileError, LaunchError, TargetUnavailable.
     """
     target = target_of(device)
     if plan.arch != target.arch:
-        raise UnsupportedCall(f"the plan is for {plan.arch}, the device is {target}")
+        raise UnsuitedPlan(f"the plan is for {plan.arch}, the device is {target}")
+    if not plan.made_for(op.source_hash(target.kind)):
+        raise UnsuitedPlan(f"plan {plan.name} was tuned with another version of the kernel: compile the model again")
     space = op.kernel_source(target.kind).space
     for _, config in plan.buckets:
-        if why := space.refusal(config, plan.problem, _ANY_TOKENS):
-            raise UnsupportedCall(f"config {config} is not of the search space: {why}")
+        if config is not None and (why := space.refusal(config, plan.problem, _ANY_TOKENS)):
+            raise UnsuitedPlan(f"config {config} of plan {plan.name} is not of the search space: {why}")
     kernels: dict[Config, Kernel] = {}
     variants = []
     for tokens, config in plan.buckets:
+        if config is None:
+            variants.append(Variant(tokens, None, LaunchShape()))
+            continue
         if config not in kernels:
             kernels[config] = load_kernel(op, plan.problem, config, device)
         variants.append(Variant(tokens, kernels[config], op.launch_shape(plan.problem, config)))
@@ -112,6 +117,7 @@ class _PythonDispatcher:
         self._registry = registry
         self._bound: dict[tuple[str, torch.device], list[BoundPlan]] = {}
         self._refused: set[Hashable] = set()
+        self._warned: set[str] = set()
 
     def __call__(self, args: Sequence[Any], plan: str) -> tuple[torch.Tensor, ...]:
         """Runs a call whose plan was split off."""
@@ -146,15 +152,23 @@ class _PythonDispatcher:
             problem = op.problem_of(*args)
             plan = Plan.parse(text) if text else resolve_plan(op, problem, target_of(device))
             if plan.problem != problem:
-                raise UnsupportedCall(f"the plan is for {plan.problem}, the call is {problem}")
+                raise UnsuitedPlan(f"the plan is for {plan.problem}, the call is {problem}")
             return bind_plan(op, plan, device)
         except BadInput:
             raise
+        except UnsuitedPlan as fault:
+            self._warn(fault)
         except UnsupportedCall as reason:
             logger.info("%s runs its reference: %s", op.name, reason)
         except AutofuseError as error:
-            logger.warning("%s runs its reference: %s", op.name, error)
+            self._warn(error)
         return None
+
+    def _warn(self, error: AutofuseError) -> None:
+        """One warning per cause, however many kinds of calls meet it."""
+        if str(error) not in self._warned:
+            self._warned.add(str(error))
+            logger.warning("%s runs its reference: %s", self._op.name, error)
 
 
 class OpRegistry:

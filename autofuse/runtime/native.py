@@ -34,10 +34,13 @@ _SOURCE = "dispatch.cpp"
 
 @dataclass(frozen=True)
 class Variant:
-    """One bucket of a plan: its kernel, for calls of at most ``tokens`` (the last bucket takes the rest)."""
+    """One bucket of a plan: its kernel, for calls of at most ``tokens`` (the last bucket takes the rest).
+
+    Without a kernel the op's reference runs.
+    """
 
     tokens: int
-    kernel: Kernel
+    kernel: Kernel | None
     shape: LaunchShape
 
 
@@ -176,21 +179,7 @@ class NativeDispatcher:
             )
             for result in binding.results
         ]
-        native = [
-            _Variant(
-                variant.tokens,
-                variant.kernel.address,
-                variant.shape.units_per_token,
-                variant.shape.units_per_block,
-                variant.shape.repeat,
-                variant.shape.align,
-                variant.kernel.block,
-                variant.kernel.shared_bytes,
-                variant.kernel.programmatic_launch,
-                0,
-            )
-            for variant in variants
-        ]
+        native = [_native(variant) for variant in variants]
         tables = [
             *_table(_TensorGuard, tensors),
             *_table(_Constant, constants),
@@ -235,6 +224,15 @@ def load_native() -> NativeDispatcher | None:
     except (AutofuseError, OSError, AttributeError) as error:
         logger.warning("calls go through Python, at some tens of microseconds each: %s", error)
     return None
+
+
+def _native(variant: Variant) -> _Variant:
+    shape, kernel = variant.shape, variant.kernel
+    grid = (shape.units_per_token, shape.units_per_block, shape.repeat, shape.align)
+    if kernel is None:
+        return _Variant(variant.tokens, 0, *grid, 1, 0, 0, 0)
+    launch = (kernel.block, kernel.shared_bytes, kernel.programmatic_launch)
+    return _Variant(variant.tokens, kernel.address, *grid, *launch, 0)
 
 
 def _table(kind: type[Any], rows: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,169 @@
+"""What the database holds beside the winners that answer: what explains a site that none answers for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from autofuse.cache_db import Captured, Trial, TunedDatabase, Winner
+from autofuse.errors import DatabaseError
+from autofuse.ops.buckets import within_reach
+from autofuse.ops.problem import Problem
+from autofuse.targets import Target
+
+__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row"]
+
+ANY_TOKENS = 1 << 31
+"""The most tokens a call is taken to have where its graph sets no bound."""
+
+_INDUCTOR = {"compile", "graph"}
+"""The baselines that are Inductor's code: what a site would run if it were not fused."""
+
+_TARGET = ("vendor", "arch", "device_name")
+
+_T = TypeVar("_T")
+
+# How far a row is from what was asked for: another device weighs more than other widths, these more than another T.
+_OTHER_KIND, _OTHER_ARCH, _OTHER_DEVICE, _OTHER_WORD, _OTHER_SOURCE, _OTHER_TOKENS = 32.0, 8.0, 4.0, 2.0, 0.5, 0.25
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is looked up for a site: all that a row must agree with to answer.
+
+    Attributes:
+        tokens_low, tokens_high: the range of T, equal if it is static.
+        source_hash: of the kernel's present source.
+
+    Example:
+        >>> str(Key(Target("cpu", "x86-64-v4", "EPYC"), Problem("op", (("width", 512),)), 1, 64, "a1b2"))
+        'op(width=512) at T=1…64 on cpu:x86-64-v4:EPYC, kernel source a1b2'
+    """
+
+    target: Target
+    problem: Problem
+    tokens_low: int
+    tokens_high: int
+    source_hash: str
+
+    def __str__(self) -> str:
+        return f"{self.problem} at T={self.tokens} on {self.target}, kernel source {self.source_hash}"
+
+    @property
+    def captured(self) -> Captured:
+        """The note by which ``autofuse tune --captured`` finds it."""
+        return Captured(self.target, self.problem, self.tokens_low, self.tokens_high)
+
+    @property
+    def tokens(self) -> str:
+        """``16``, ``2…64`` or ``2…∞``."""
+        return describe_range(self.tokens_low, self.tokens_high)
+
+
+class Evidence:
+    """Rows of one database that no decision is based on, read when they are asked for, and once.
+
+    Where the database cannot be read, there are none: whoever read the winners has warned of that already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._winners: dict[str, Sequence[Winner]] = {}
+        self._trials: dict[tuple[Target, Problem], Sequence[Trial]] = {}
+        self._baselines: dict[tuple[Target, Problem, int], Sequence[str]] = {}
+
+    def nearest(self, key: Key) -> str:
+        """The row that is nearest to ``key``, and what it differs in, as a sentence."""
+        op = key.problem.op
+        if op not in self._winners:
+            self._winners[op] = self._read(lambda database: database.winners(op=op))
+        found = nearest_row(self._winners[op], key)
+        if found is None:
+            return f"{self._path} has no row of {op}"
+        row, differ = found
+        place = f"{row.problem} at T={row.tokens} on {row.target}"
+        return f"the nearest row is {place}; it differs in {', '.join(differ) or 'nothing'}"
+
+    def failures(self, key: Key) -> str:
+        """That all configs measured for ``key`` failed, and how, as a sentence; "" if none was measured or one is
+        right.
+        """
+        pair = (key.target, key.problem)
+        if pair not in self._trials:
+            self._trials[pair] = self._read(lambda database: database.every(Trial, key.target, None, key.problem))
+        present = [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
+        if not present or any(trial.status == "ok" for trial in present):
+            return ""
+        counts = ", ".join(f"{count} {status}" for status, count in Counter(t.status for t in present).most_common())
+        return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
+
+    def only_eager(self, winners: Iterable[Winner]) -> Winner | None:
+        """The first of ``winners`` that was compared with eager PyTorch alone, because Inductor's code was not
+        measured; None if there is none.
+        """
+        for winner in winners:
+            if winner.baseline in _INDUCTOR:
+                continue
+            bucket = (winner.target, winner.problem, winner.tokens)
+            if bucket not in self._baselines:
+                self._baselines[bucket] = self._read(lambda database, key=bucket: [*database.baselines(*key)])  # type: ignore[misc]
+            if not _INDUCTOR.intersection(self._baselines[bucket]):
+                return winner
+        return None
+
+    def _read(self, query: Callable[[TunedDatabase], list[_T]]) -> list[_T]:
+        try:
+            with TunedDatabase(self._path, read_only=True) as database:
+                return query(database)
+        except DatabaseError:
+            return []
+
+
+def describe_range(low: int, high: int) -> str:
+    """T from ``low`` to ``high``: ``16``, ``2…64`` or ``2…∞``."""
+    return str(low) if low == high else f"{low}…{'∞' if high >= ANY_TOKENS else high}"
+
+
+def nearest_row(rows: Iterable[Winner], key: Key) -> tuple[Winner, list[str]] | None:
+    """The row that is nearest to what ``key`` asks for, and what it differs in; None where there are no rows."""
+    best = min(rows, key=lambda row: _distance(row, key), default=None)
+    return None if best is None else (best, differences(best, key))
+
+
+def differences(row: Winner, key: Key) -> list[str]:
+    """What of a row is not as ``key`` asks for, each as ``what: there, not here``."""
+    pairs = [(name, str(getattr(row.target, name)), str(getattr(key.target, name))) for name in _TARGET]
+    there, here = dict(row.problem.params), dict(key.problem.params)
+    pairs += [(name, str(there.get(name)), str(here.get(name))) for name in {**here, **there}]
+    pairs.append(("kernel source", row.source_hash, key.source_hash))
+    found = [f"{name}: {a}, not {b}" for name, a, b in pairs if a != b]
+    if not _in_reach(row, key):
+        found.append(f"T: {row.tokens}, which does not serve {key.tokens}")
+    return found
+
+
+def _in_reach(row: Winner, key: Key) -> bool:
+    return within_reach(row.tokens, row.tokens, key.tokens_low, key.tokens_high)
+
+
+def _distance(row: Winner, key: Key) -> float:
+    there, here = row.target, key.target
+    far = _OTHER_KIND * (there.kind != here.kind) + _OTHER_ARCH * (there.arch != here.arch)
+    far += _OTHER_DEVICE * (there.device_name != here.device_name) + _OTHER_SOURCE * (
+        row.source_hash != key.source_hash
+    )
+    params, asked = dict(row.problem.params), dict(key.problem.params)
+    for name in {**asked, **params}:
+        a, b = params.get(name), asked.get(name)
+        if isinstance(a, int) and isinstance(b, int) and a > 1 and b > 1:
+            far += abs(math.log2(a / b))
+        else:
+            far += _OTHER_WORD * (a != b)
+    if _in_reach(row, key):
+        return far
+    wanted = min(max(row.tokens, key.tokens_low, 1), max(key.tokens_high, 1))
+    return far + _OTHER_TOKENS * (1 + abs(math.log2(row.tokens / wanted)))
