@@ -52,7 +52,7 @@ class Decision:
     """What becomes of one site, by which rule, and why. ``plan`` is None where it is left alone.
 
     ``saved_us``: by how much a call is faster than the baseline, on average over the buckets that serve the site; None
-    where nobody measured.
+    where nobody measured. ``rewrites``: it is fused without a plan, because no kernel of ours takes part.
     """
 
     plan: Plan | None
@@ -62,6 +62,11 @@ class Decision:
     gain: float | None = None
     gain_low: float | None = None
     saved_us: float | None = None
+    rewrites: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        return self.plan is not None or self.rewrites
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,11 @@ class Decider:
             return Decision(None, "level", why)
         if site.refusal is not None:
             return Decision(None, "refused", site.refusal)
+        if (split := self.settings.split_at(site.operators)) is not None:
+            return Decision(None, "split", split)
+        if not fusion.op:
+            reason = f"{why}; no kernel of ours takes part, so nothing was measured"
+            return Decision(None, "flag", reason, rewrites=True)
         op = get_op(site.op)
         try:
             problem = op.make_problem(**site.problem_params())

@@ -22,7 +22,7 @@ class SiteReport:
         device: e.g. ``cuda:0``.
         tokens: T, ``16`` or ``2…∞``.
         fused: whether the fused op runs.
-        plan: the plan's name, "" if it is left alone.
+        plan: the plan's name, "" if it is left alone, or if no kernel of ours takes part.
         plan_text: the whole plan.
         rule: by which rule the database answered, or which other thing decided: ``level``, ``refused``, ``target``, …
         reason: why, as a sentence.
@@ -46,7 +46,7 @@ class SiteReport:
     gain_low: float | None = None
 
     def __str__(self) -> str:
-        verdict = f"fused, plan {self.plan}" if self.fused else "left alone"
+        verdict = ("fused" + (f", plan {self.plan}" if self.plan else "")) if self.fused else "left alone"
         place = self.where or self.source or "somewhere"
         lines = [f"{place}: {self.op} {verdict}"]
         if self.where and self.source:
