@@ -204,6 +204,25 @@ def test_a_cache_that_the_op_does_not_write_is_refused_by_name():
     assert "the cache is of dtype 'fp8_e5m2', which the op does not write" in site.refusal
 
 
+def test_an_update_does_not_move_above_another_call_of_its_layer():
+    """Nothing but the order in the graph says that this attention reads the cache as it was."""
+    table, scale = torch.randn(P, ROPE).to(DTYPE), torch.full((), 0.5)
+
+    def function(q, kv_c, k_pe, positions):
+        q, k_pe = natively(q, k_pe, table, positions)
+        query = torch.cat([q.new_ones(q.shape[0], H, NOPE), q], dim=-1)
+        out = torch.empty(q.shape[0], H * VALUE, dtype=q.dtype)
+        torch.ops.vllm.unified_mla_attention_with_output(query, kv_c, k_pe, out, layer_name(NAMES[0]))
+        return out, torch.ops.vllm.unified_mla_kv_cache_update(kv_c, k_pe, layer_name(NAMES[0]), "auto", scale)
+
+    set_layers()
+    sizes = ((6, H, ROPE), (6, LATENT), (6, 1, ROPE))
+    args = (*(torch.randn(size, dtype=DTYPE) for size in sizes), torch.arange(6))
+    found = recognise(post_grad_graph(function, *args, reorder=False))
+    (site,) = LayerMlaRope().match(found)
+    assert "may find the same layer" in (site.refusal or "")
+
+
 def test_inductor_runs_it_as_it_is():
     model = Attention(NAMES[0])
     layer, _ = set_layers()
