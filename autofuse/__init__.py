@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from autofuse.errors import AutofuseError
+from autofuse.runtime import layer_ops
 from autofuse.runtime.dispatch import registry
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = ["AutofuseError", "__version__", "explain", "tune"]
 _LAZY = {"explain": "autofuse.graph.explain", "tune": "autofuse.tuner.api"}
 
 registry.define()
+layer_ops.define()
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ class AutofuseError(Exception):
         return " ".join(super().__str__().split())
 
 
-class BadInput(AutofuseError):
+class BadInput(AutofuseError, ValueError):
     """A name, option or value that a person gave cannot be used."""
 
 

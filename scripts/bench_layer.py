@@ -175,7 +175,7 @@ def facts(widths: Widths, device: torch.device) -> dict[str, Any]:
             "host": platform.node(),
             "torch": torch.__version__,
             "autofuse": autofuse.__version__,
-            "source_hashes": {fusion.op: get_op(fusion.op).source_hash(target.kind) for fusion in FUSIONS},
+            "source_hashes": {fusion.op: get_op(fusion.op).source_hash(target.kind) for fusion in FUSIONS if fusion.op},
             **toolchain(target.kind).provenance(device),
         },
     }

@@ -16,7 +16,6 @@ from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, RMSNorm, isolate, withou
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofuse.cache_db import TunedDatabase, default_path
-from autofuse.errors import BadInput
 from autofuse.graph import notice
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.decide import ANY_TOKENS, token_range
@@ -364,12 +363,73 @@ def test_levels_switch_on_what_they_should(level):
         ({"autofuse.tune_budget": "1 h"}, "must be a number of seconds from 0"),
         ({"autofuse.tune_budget": float("inf")}, "must be a number of seconds from 0"),
         ({"autofuse.tune_budget": True}, "must be a number of seconds from 0"),
+        ({"autofuse.splitting_op": []}, "did you mean autofuse.splitting_ops?"),
+        ({"autofuse.splitting_ops": "vllm::unified_kv_cache_update"}, "must be a list of operators"),
+        ({"autofuse.splitting_ops": ["unified_kv_cache_update"]}, "must be a list of operators"),
+        ({"autofuse.use_inductor_graph_partition": 1}, "must be True or False"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, message):
-    with pytest.raises(BadInput) as raised:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is checked)
         Settings.parse(options)
     assert message in str(raised.value)
+
+
+def test_an_unknown_option_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown option") as raised:
+        Settings.parse({"autofuse.nothing_like_it": True})
+    names = ["level", "untuned", "database", "splitting_ops", "use_inductor_graph_partition"]
+    assert all(f"autofuse.{name}" in str(raised.value) for name in [*names, *(fusion.name for fusion in FUSIONS)])
+
+
+def test_operators_that_split_the_graph_are_part_of_what_decisions_depend_on():
+    split = {"autofuse.splitting_ops": ["vllm::a", "vllm::b.default", "vllm::a"]}
+    settings, _ = Settings.parse(split)
+    assert str(settings) == "level=O2,untuned=skip,splitting_ops=vllm::a+vllm::b.default"
+    assert settings.inductor_options == {}
+    assert settings.split_at(["vllm::c"]) is None
+    for name in ("vllm::a", "vllm::b"):
+        assert f"{name} is in autofuse.splitting_ops".replace("::b is", "::b.default is") in settings.split_at([name])
+
+
+def test_inductor_partitions_where_the_graph_would_be_split():
+    split = {"autofuse.splitting_ops": ["vllm::a"], "autofuse.use_inductor_graph_partition": True}
+    settings, _ = Settings.parse(split)
+    assert str(settings).endswith("splitting_ops=vllm::a,use_inductor_graph_partition=on")
+    assert settings.split_at(["vllm::a"]) is None
+    assert settings.inductor_options == {"graph_partition": True, "custom_should_partition_ops": ["vllm::a"]}
+
+
+def test_a_fusion_whose_operator_splits_the_graph_is_named_in_the_report():
+    """Also where the graph was split already, and nothing is left to be found."""
+    options = {"autofuse.splitting_ops": ["vllm::unified_mla_kv_cache_update"]}
+    x = torch.randn(16, HIDDEN, dtype=torch.bfloat16)
+    for level, noted in (("O1", False), ("O2", True)):
+        with without_code_generation(), torch.no_grad():
+            torch.compile(MlaLatents(), backend="autofuse", options={**options, "autofuse.level": level})(x)
+        note = last_reports()[-1].note
+        assert ("fuse_rope_kvcache_cat_mla: vllm::unified_mla_kv_cache_update is in" in note) == noted
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({}, False),
+        ({"autofuse.level": "O3"}, False),
+        ({"autofuse.fuse_mla_dual_rms_norm": True}, False),  # untuned, but it could fire
+        ({"autofuse.fuse_rope_kvcache": False}, False),
+        ({"autofuse.fuse_rope_kvcache": True}, True),
+    ],
+    ids=str,
+)
+def test_asking_for_what_cannot_fire_warns_once(options, warns, caplog):
+    x = torch.randn(16, HIDDEN, dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING, "autofuse"):
+        for _ in range(2):
+            with without_code_generation(), torch.no_grad():
+                torch.compile(MlaLatents(), backend="autofuse", options=options)(x)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("autofuse")]
+    assert [("autofuse.fuse_rope_kvcache is set" in message) for message in messages] == [True] * warns
 
 
 def test_reports_read_back_from_their_canonical_form():

@@ -7,6 +7,7 @@ import torch
 import vllm_standins
 from models import post_grad_graph
 from torch._inductor import config as inductor_config
+from vllm_standins import layer_name
 
 from autofuse.graph.recognise import recognise
 
@@ -232,16 +233,30 @@ def test_concat_and_cache_mla():
     assert (len(block.parts), block.heads_at, block.whole) == (2, None, True)
 
 
-def test_a_cache_that_is_no_tensor_of_the_graph_is_a_near_miss(monkeypatch):
+def test_a_latent_cache_that_is_no_tensor_of_the_graph_is_known_by_its_layer(monkeypatch):
     def write(latent, key, scale):
-        return torch.ops.vllm.unified_mla_kv_cache_update(latent, key, "layers.0", "auto", scale) + 1
+        return torch.ops.vllm.unified_mla_kv_cache_update(latent, key, layer_name("layers.0"), "auto", scale) + 1
 
     nothing = torch.empty(0)
     layer = vllm_standins.Layer(nothing, slot_mapping=None, w_uk=nothing, w_uv=nothing, scale=1.0)
     monkeypatch.setitem(vllm_standins.layers, "layers.0", layer)
-    blocks, (reason,) = found(write, torch.randn(T, D), torch.randn(T, 8), torch.ones(1))
+    graph = post_grad_graph(write, torch.randn(T, D), torch.randn(T, 8), torch.ones(1))
+    (update,) = recognise(graph).latent_updates()
+    assert (update.layer_name, update.kv_cache_dtype) == ("layers.0", "auto")
+    assert [node.op for node in (update.kv_c, update.k_pe, update.k_scale)] == ["placeholder"] * 3
+    assert not recognise(graph).near_misses
+
+
+def test_a_scale_that_is_left_out_is_a_near_miss():
+    def write(latent, key, cache, slots, scale):
+        CACHES.concat_and_cache_mla(latent, key, cache, slots, "fp8", scale, True)
+        return cache.view(torch.uint8)
+
+    cache = torch.zeros(BLOCKS, P, D + 8, dtype=torch.float8_e4m3fn)
+    rows = torch.randn(T, D, dtype=DTYPE), torch.randn(T, 8, dtype=DTYPE)
+    blocks, (reason,) = found(write, *rows, cache, torch.arange(T), torch.ones(1))
     assert not blocks
-    assert "finds its cache by the layer's name" in reason
+    assert "skip_scale" in reason
 
 
 # ---- what is off ----------------------------------------------------------------------------------------------------

@@ -50,6 +50,15 @@ def test_what_was_measured_goes_before_what_was_not(nodes):
     assert fused(without_overlaps([decided(nodes[1:5], "unknown"), decided(nodes[4:6], "known", 0.1)])) == ["known"]
 
 
+def test_a_call_that_cannot_be_measured_goes_after_what_was(nodes):
+    fusion, site, _ = decided(nodes[1:5], "call")
+    call = (fusion, site, Decision(None, "flag", "it is on", rewrites=True))
+    results = without_overlaps([call, decided(nodes[4:6], "known", 0.1)])
+    assert [decision.fuses for _, _, decision in results] == [False, True]
+    assert results[0][2].reason.endswith("saves 0.10 µs; this one cannot be measured and replaces 4 nodes")
+    assert without_overlaps([call]) == [call]
+
+
 def test_what_nobody_measured_is_decided_by_the_number_of_nodes(nodes):
     results = without_overlaps([decided(nodes[1:3], "two"), decided(nodes[2:5], "three")])
     assert fused(results) == ["three"]

@@ -507,6 +507,12 @@ def norm_op(x, weight):
     return result
 
 
+def added_norm_op(x, weight):
+    rows, residual = x.clone(), x.clone()
+    C.fused_add_rms_norm(rows, residual, weight, 1e-5)
+    return rows, residual
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "function", [norm_op, lambda x, w: torch.ops.vllm_ir.rms_norm(x, w, 1e-5)], ids=["_C", "vllm_ir"]
@@ -524,10 +530,13 @@ def test_norm_ops(function, dtype):
     ("function", "why"),
     [
         (lambda x, w: torch.ops.vllm_ir.rms_norm(x, None, 1e-5), "no weight"),
+        (lambda x, w: norm_op(x, None), "no weight"),
+        (lambda x, w: torch.ops.vllm_ir.fused_add_rms_norm(x, x, w, 1e-5), "adds the residual first"),
+        (added_norm_op, "_C::fused_add_rms_norm adds the residual first"),
         (lambda x, w: torch.ops.vllm_ir.rms_norm(x, w, 1e-5, 128), "over 128 of 256"),
         (lambda x, w: torch.ops.vllm_ir.rms_norm(x, w[:128].repeat(2).float(), 1e-5), "is torch.float32"),
     ],
-    ids=["weight", "variance_size", "dtype"],
+    ids=["weight", "weight of _C", "vllm_ir, added", "_C, added", "variance_size", "dtype"],
 )
 def test_norm_ops_that_differ_are_near_misses(function, why):
     result = recognise(post_grad_graph(function, rows(), torch.ones(N, dtype=torch.bfloat16)))

@@ -1,15 +1,22 @@
 """Ops with the names and schemas of vLLM's, without vLLM: what its models look like to a graph pass.
 
-The schemas are those of vLLM 0.23 and later (``csrc/libtorch_stable/torch_bindings.cpp``, ``vllm/ir/ops``,
-``vllm/model_executor/layers/attention/mla_attention.py``); the implementations are plain PyTorch, on any device.
-Importing this module registers the ops; ``layer`` tells the attention ops of a layer's cache and metadata, as vLLM's
-forward context does.
+The schemas are those of vLLM 0.33: of its compiled library, and of ``vllm/ir/ops`` and
+``vllm/model_executor/layers/attention/mla_attention.py``, with ``static_quant_fp8`` and ``dynamic_group_quant_fp8`` of
+0.23. The implementations are plain PyTorch, on any device. Importing this module registers the ops.
+
+``layers`` is what attention ops find by their layer's name. ``modules`` are stand-ins for the modules of vLLM in which
+a forward pass keeps it, for a test to put into ``sys.modules``.
+
+With ``VLLM_USE_LAYERNAME=1`` names of layers are objects (``layer_name``), as vLLM has them by default from PyTorch
+2.11 on; without it they are strings.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +25,27 @@ from autofuse.ops.quant import QuantFormat
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+
+
+class MLAAttentionImpl:
+    """What a layer's attention backend does: writes its cache, and says what it can quantise."""
+
+    supported = ("kFp8StaticTensorSym", "kNvfp4Dynamic", "kFp8Dynamic128Sym", "kFp8Dynamic64Sym")
+
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        return quant_key in self.supported
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+        skip_scale: bool = False,
+    ) -> None:
+        _concat_and_cache_mla(kv_c_normed, k_pe.squeeze(1), kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
 
 
 @dataclass
@@ -30,6 +58,7 @@ class Layer:
         w_uk: [heads, qk_nope_head_dim, kv_lora_rank].
         w_uv: [heads, kv_lora_rank, v_head_dim].
         scale: of the attention's scores.
+        updates: how often vLLM's own operator has been asked to write the cache.
     """
 
     kv_cache: torch.Tensor
@@ -37,10 +66,62 @@ class Layer:
     w_uk: torch.Tensor
     w_uv: torch.Tensor
     scale: float
+    impl: MLAAttentionImpl = field(default_factory=MLAAttentionImpl)
+    use_pcp: bool = False
+    hisparse_cache: None = None
+    updates: int = 0
 
 
 layers: dict[str, Layer] = {}
 _libraries: dict[str, torch.library.Library] = {}
+
+
+def _forward_context() -> SimpleNamespace:
+    slots = {name: each.slot_mapping for name, each in layers.items() if each.slot_mapping is not None}
+    return SimpleNamespace(no_compile_layers=layers, slot_mapping=slots, attn_metadata=None)
+
+
+modules = {
+    "vllm.forward_context": SimpleNamespace(
+        get_forward_context=_forward_context, is_forward_context_available=lambda: True
+    ),
+    "vllm.v1.attention.backend": SimpleNamespace(MLAAttentionImpl=MLAAttentionImpl),
+    "vllm.model_executor.layers.quantization.utils.quant_utils": SimpleNamespace(
+        **{name: name for name in MLAAttentionImpl.supported}
+    ),
+}
+
+if os.environ.get("VLLM_USE_LAYERNAME") == "1":
+    from torch._library.opaque_object import register_opaque_type
+    from torch._opaque_base import OpaqueBase
+
+    class LayerName(OpaqueBase):
+        """A layer's name that ``torch.compile`` takes for an input of the graph, not for a constant."""
+
+        def __init__(self, value: str) -> None:
+            self.value = value
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, LayerName) and self.value == other.value
+
+        def __hash__(self) -> int:
+            return hash(self.value)
+
+        def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+            return f"LayerName({self.value!r})", {"LayerName": LayerName}
+
+    register_opaque_type(LayerName, typ="value", hoist=True)
+    layer_name: Any = LayerName
+    LAYER_TYPE = f"{LayerName.__module__}.LayerName"
+else:
+    layer_name = str
+    LAYER_TYPE = "str"
+
+modules["vllm.utils.torch_utils"] = SimpleNamespace(LayerNameType=layer_name)
+
+
+def _layer(name: Any) -> Layer:
+    return layers[getattr(name, "value", name)]
 
 
 def _define(namespace: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None) -> None:
@@ -63,7 +144,7 @@ def _ir_rms_norm(
     return normed if weight is None else normed * weight
 
 
-def _rms_norm(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+def _rms_norm(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:
     result.copy_(_ir_rms_norm(input, weight, epsilon))
 
 
@@ -73,7 +154,41 @@ _define(
     _ir_rms_norm,
     lambda x, weight, epsilon, variance_size=None: torch.empty_like(x),
 )
-_define("_C", "rms_norm(Tensor! result, Tensor input, Tensor weight, float epsilon) -> ()", _rms_norm, None)
+
+
+def _ir_fused_add_rms_norm(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x.float() + x_residual.float()
+    return _ir_rms_norm(total, weight, epsilon, variance_size).to(x.dtype), total.to(x.dtype)
+
+
+def _fused_add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float
+) -> None:
+    normed, total = _ir_fused_add_rms_norm(input, residual, weight, epsilon)
+    input.copy_(normed)
+    residual.copy_(total)
+
+
+_define(
+    "vllm_ir",
+    "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, SymInt? variance_size=None) "
+    "-> (Tensor, Tensor)",
+    _ir_fused_add_rms_norm,
+    lambda x, x_residual, weight, epsilon, variance_size=None: (torch.empty_like(x), torch.empty_like(x)),
+)
+_define(
+    "_C",
+    "fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
+    _fused_add_rms_norm,
+    None,
+)
+_define("_C", "rms_norm(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()", _rms_norm, None)
 
 
 # ---- RoPE ---------------------------------------------------------------------------------------------------------
@@ -137,8 +252,10 @@ def _concat_and_cache_mla(
     slot_mapping: torch.Tensor,
     kv_cache_dtype: str,
     scale: torch.Tensor,
+    skip_scale: bool = False,
 ) -> None:
     rows = torch.cat([kv_c, k_pe.reshape(kv_c.shape[0], -1)], dim=-1)
+    scale = torch.ones_like(scale) if skip_scale else scale
     _write(kv_cache, _stored(rows, kv_cache, kv_cache_dtype, scale), slot_mapping)
 
 
@@ -158,18 +275,21 @@ def _reshape_and_cache_flash(
 
 
 def _unified_mla_kv_cache_update(
-    kv_c_normed: torch.Tensor, k_pe: torch.Tensor, layer_name: str, kv_cache_dtype: str, k_scale: torch.Tensor
+    kv_c_normed: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, kv_cache_dtype: str, k_scale: torch.Tensor
 ) -> torch.Tensor:
-    layer = layers[layer_name]
+    layer = _layer(layer_name)
+    layer.updates += 1
     if layer.slot_mapping is not None:
-        _concat_and_cache_mla(kv_c_normed, k_pe, layer.kv_cache, layer.slot_mapping, kv_cache_dtype, k_scale)
+        layer.impl.do_kv_cache_update(
+            kv_c_normed, k_pe, layer.kv_cache, layer.slot_mapping, kv_cache_dtype, k_scale, False
+        )
     return kv_c_normed.new_empty(0)
 
 
 _define(
     "_C_cache_ops",
     "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
-    "Tensor scale) -> ()",
+    "Tensor scale, bool skip_scale=False) -> ()",
     _concat_and_cache_mla,
     None,
 )
@@ -182,8 +302,8 @@ _define(
 )
 _define(
     "vllm",
-    "unified_mla_kv_cache_update(Tensor kv_c_normed, Tensor k_pe, str layer_name, str kv_cache_dtype, Tensor k_scale) "
-    "-> Tensor",
+    f"unified_mla_kv_cache_update(Tensor kv_c_normed, Tensor k_pe, {LAYER_TYPE} layer_name, str kv_cache_dtype, "
+    "Tensor k_scale) -> Tensor",
     _unified_mla_kv_cache_update,
     lambda kv_c_normed, *args: kv_c_normed.new_empty(0),
 )
@@ -335,24 +455,35 @@ _define(
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
-def _unified_mla_attention_with_output(
-    q: torch.Tensor,
-    kv_c_normed: torch.Tensor,
-    k_pe: torch.Tensor,
+def _quantise_into(
+    values: torch.Tensor,
     output: torch.Tensor,
-    layer_name: str,
-    output_scale: torch.Tensor | None = None,
-    output_block_scale: torch.Tensor | None = None,
-    kv_cache_dummy_dep: torch.Tensor | None = None,
-    quant_group_size: int | None = None,
-    quant_scale_ue8m0: bool | None = None,
-    quant_col_major: bool | None = None,
-    quant_tma_aligned: bool | None = None,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+    ue8m0: bool | None,
+    group_size: int | None,
 ) -> None:
+    """Values [T, width] as ``output`` and its scales take them: what format that is, dtypes and shapes say."""
+    if output_block_scale is None:
+        assert output_scale is not None
+        assert output.dtype == FP8
+        _static_scaled_fp8_quant(output, values, output_scale)
+    elif output.dtype == FP8:
+        assert output_scale is None
+        assert values.shape[-1] // output_block_scale.shape[-1] == group_size
+        assert ue8m0 is not None
+        group = (group_size, 1e-10, -FP8_MAX, FP8_MAX, ue8m0, False, False)
+        _per_token_group_fp8_quant(values, output, output_block_scale, *group)
+    else:
+        assert output_scale is not None
+        assert (output.dtype, output_block_scale.dtype) == (torch.uint8, FP8)
+        packed, scales = _scaled_fp4_quant(values, output_scale, True)
+        output.copy_(packed)
+        output_block_scale[: scales.shape[0]].copy_(scales.view(FP8))
+
+
+def _attention(q: torch.Tensor, layer: Layer) -> torch.Tensor:
     """One sequence, whose last tokens are the call's: each attends to what is in the cache up to itself."""
-    if output_scale is not None or output_block_scale is not None:
-        raise NotImplementedError("this stand-in does not quantise its output")
-    layer = layers[layer_name]
     _, nope, rank = layer.w_uk.shape
     cache = layer.kv_cache.flatten(0, 1).to(q.dtype)
     tokens = q.shape[0]
@@ -364,15 +495,66 @@ def _unified_mla_attention_with_output(
     )
     weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1).to(q.dtype)
     latent = torch.einsum("tnc,cl->tnl", weights, cache[:, :rank])
-    output.view(tokens, -1, layer.w_uv.shape[2]).copy_(torch.einsum("tnl,nlv->tnv", latent, layer.w_uv))
+    return torch.einsum("tnl,nlv->tnv", latent, layer.w_uv)
+
+
+def _unified_mla_attention_with_output(
+    q: torch.Tensor,
+    kv_c_normed: torch.Tensor,
+    k_pe: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: Any,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    kv_cache_dummy_dep: torch.Tensor | None = None,
+    quant_group_size: int | None = None,
+    quant_scale_ue8m0: bool | None = None,
+    quant_col_major: bool | None = None,
+    quant_tma_aligned: bool | None = None,
+    q_dcp_replicated: torch.Tensor | None = None,
+) -> None:
+    values = _attention(q, _layer(layer_name)).flatten(1)
+    if output_scale is None and output_block_scale is None:
+        output.copy_(values)
+    else:
+        _quantise_into(values, output, output_scale, output_block_scale, quant_scale_ue8m0, quant_group_size)
+
+
+def _unified_attention_with_output(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: Any,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    kv_cache_dummy_dep: torch.Tensor | None = None,
+) -> None:
+    """Of [T, heads, size] without a cache: each token attends to those of the call up to itself."""
+    values = torch.nn.functional.scaled_dot_product_attention(
+        *(each.transpose(0, 1) for each in (query, key, value)), is_causal=True
+    ).transpose(0, 1)
+    if output_scale is None and output_block_scale is None:
+        output.copy_(values)
+    else:
+        flat = output.view(output.shape[0], -1)
+        _quantise_into(values.flatten(1), flat, output_scale, output_block_scale, None, None)
 
 
 _define(
     "vllm",
-    "unified_mla_attention_with_output(Tensor q, Tensor kv_c_normed, Tensor k_pe, Tensor(a!) output, str layer_name, "
-    "Tensor? output_scale=None, Tensor(b!)? output_block_scale=None, Tensor? kv_cache_dummy_dep=None, "
-    "SymInt? quant_group_size=None, bool? quant_scale_ue8m0=None, bool? quant_col_major=None, "
-    "bool? quant_tma_aligned=None) -> ()",
+    "unified_mla_attention_with_output(Tensor q, Tensor kv_c_normed, Tensor k_pe, Tensor(a!) output, "
+    f"{LAYER_TYPE} layer_name, Tensor? output_scale=None, Tensor(b!)? output_block_scale=None, "
+    "Tensor? kv_cache_dummy_dep=None, SymInt? quant_group_size=None, bool? quant_scale_ue8m0=None, "
+    "bool? quant_col_major=None, bool? quant_tma_aligned=None, Tensor? q_dcp_replicated=None) -> ()",
     _unified_mla_attention_with_output,
+    None,
+)
+_define(
+    "vllm",
+    "unified_attention_with_output(Tensor query, Tensor key, Tensor value, Tensor(a!) output, "
+    f"{LAYER_TYPE} layer_name, Tensor? output_scale=None, Tensor(b!)? output_block_scale=None, "
+    "Tensor? kv_cache_dummy_dep=None) -> ()",
+    _unified_attention_with_output,
     None,
 )

@@ -18,9 +18,10 @@ from autofuse.graph.graph_pass import FusionPass
 from autofuse.graph.origin import Origins
 from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import report_key, store, symbol_ranges
-from autofuse.graph.settings import Settings
+from autofuse.graph.settings import Settings, hint_for
 from autofuse.graph.specialise import specialise_eps
 from autofuse.runtime.dispatch import registry
+from autofuse.runtime.layer_ops import by_name_op
 
 __all__ = ["Watch", "autofuse", "watching"]
 
@@ -68,7 +69,8 @@ def autofuse(
     from torch._inductor.compile_fx import compile_fx
 
     settings, others = Settings.parse(options)
-    patches = _inductor_options(mode, others)
+    patches = _inductor_options(mode, {**settings.inductor_options, **others})
+    by_name_op()
     specialise_eps(gm.graph)
     watch = watching.get()
     stop = watch is not None and watch.stop
@@ -158,7 +160,7 @@ def _inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, An
     for key, value in options.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise BadInput(f"unknown option {key}: neither autofuse (autofuse.*) nor Inductor has it")
+            raise BadInput(f"unknown option {key}: {hint_for(key)}")
         patches[name] = value
     return patches
 

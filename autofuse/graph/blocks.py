@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,13 @@ from autofuse.ops.quant import QuantFormat
 
 __all__ = [
     "Angles",
+    "AttentionBlock",
     "Block",
     "CacheWriteBlock",
     "Found",
     "HeadRows",
     "HeadwiseLinearBlock",
+    "LatentUpdateBlock",
     "NearMiss",
     "QuantBlock",
     "RMSNormBlock",
@@ -278,6 +281,51 @@ class CacheWriteBlock(Block):
 
 
 @dataclass(frozen=True)
+class AttentionBlock(Block):
+    """A call of one of vLLM's attention operators that writes its output as the model computes it, unquantised.
+
+    ``output`` holds what it wrote; the block is the call and the buffer that was made for it.
+
+    Attributes:
+        call: the functional call.
+        op: the operator.
+        args: those that are only read, by name, defaults included. ``layer_name`` is a string, or a node that holds one
+            of vLLM's ``LayerName``.
+        sizes: of the operator's argument ``output``: [T, width] or [T, heads, head_size].
+        whole: whether that is all of ``output``, in order.
+        fresh: whether the buffer that it wrote was uninitialised and is nobody else's.
+    """
+
+    call: Node
+    op: torch._ops.OpOverload
+    args: Mapping[str, Any]
+    sizes: tuple[Any, ...]
+    whole: bool
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class LatentUpdateBlock(Block):
+    """A write to an MLA layer's cache that vLLM finds by the layer's name when it runs.
+
+    ``output`` is empty: attention reads it so as to come after the write.
+
+    Attributes:
+        kv_c: [T, kv_lora_rank].
+        k_pe: [T, 1, qk_rope_head_dim] or [T, qk_rope_head_dim].
+        layer_name: a string, or a node that holds one of vLLM's ``LayerName``.
+        kv_cache_dtype: what vLLM calls the cache's dtype.
+        k_scale: one fp32 value.
+    """
+
+    kv_c: Node
+    k_pe: Node
+    layer_name: Any
+    kv_cache_dtype: str
+    k_scale: Node
+
+
+@dataclass(frozen=True)
 class NearMiss:
     """Something that looked like a block and is none.
 
@@ -316,3 +364,9 @@ class Found:
 
     def cache_writes(self) -> list[CacheWriteBlock]:
         return [block for block in self.blocks if isinstance(block, CacheWriteBlock)]
+
+    def attentions(self) -> list[AttentionBlock]:
+        return [block for block in self.blocks if isinstance(block, AttentionBlock)]
+
+    def latent_updates(self) -> list[LatentUpdateBlock]:
+        return [block for block in self.blocks if isinstance(block, LatentUpdateBlock)]

@@ -47,7 +47,7 @@ class Decision:
     """What becomes of one site, by which rule, and why.
 
     Attributes:
-        plan: what the fused op runs; None where the site is left alone.
+        plan: what the fused op runs; None where the site is left alone, or rewritten without a kernel of ours.
         rule: of the lookup, or what else decided: ``level``, ``refused``, ``unsupported``, ``target``, ``baseline``,
             ``overlap``.
         reason: the same as a sentence.
@@ -56,6 +56,7 @@ class Decision:
         saved_us: by how much a call is faster than the baseline, on average over the buckets that serve the site; None
             where nobody measured.
         nearest: for a site that nobody measured, the nearest row and what it differs in.
+        rewrites: it is fused without a plan, because no kernel of ours takes part.
     """
 
     plan: Plan | None
@@ -66,6 +67,11 @@ class Decision:
     winners: tuple[Winner, ...] = ()
     saved_us: float | None = None
     nearest: str = ""
+    rewrites: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        return self.plan is not None or self.rewrites
 
     @property
     def worst(self) -> Winner | None:
@@ -145,6 +151,11 @@ class Decider:
             return Decision(None, "level", why)
         if site.refusal is not None:
             return Decision(None, "refused", site.refusal)
+        if (split := self.settings.split_at(site.operators)) is not None:
+            return Decision(None, "split", split)
+        if not fusion.op:
+            reason = f"{why}; no kernel of ours takes part, so nothing was measured"
+            return Decision(None, "flag", reason, rewrites=True)
         op = get_op(site.op)
         try:
             problem = op.make_problem(**site.problem_params())

@@ -24,14 +24,19 @@ from autofuse.graph.notice import logger, warn_once
 from autofuse.graph.origin import Origins
 from autofuse.graph.recognise import recognise
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport, count_blocks
-from autofuse.graph.settings import Settings
+from autofuse.graph.settings import PREFIX, Settings
 from autofuse.ops import OPS
+from autofuse.runtime.vllm_context import output_formats
 from autofuse.targets import KINDS
 
 __all__ = ["FusionPass", "StoppedError", "sources_hash", "without_overlaps"]
 
 # PyTorch 2.12 and later tell such passes whether the graph is for inference; a user's pass may want to know.
 _AwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
+
+
+_CANNOT = ("refused", "split", "unsupported")
+"""The rules by which a site is left alone whatever was measured."""
 
 
 class StoppedError(Exception):
@@ -99,7 +104,7 @@ class FusionPass(_AwarePass):
         self._stop = stop
         facts = (f"{device}={fact}" for device, fact in self._known.items())
         # Inductor's own key does not hold the ranges of symbols, on which the choice of buckets depends.
-        self.identity = "|".join(["autofuse", sources_hash(), str(settings), ranges, *facts])
+        self.identity = "|".join(["autofuse", sources_hash(), str(settings), ranges, *facts, *_layer_facts()])
         self.key = key_of(self.identity)
 
     def uuid(self) -> Any | None:
@@ -123,20 +128,25 @@ class FusionPass(_AwarePass):
         decider = Decider(self._settings, dict(self._known), self._tune)
         sites: list[SiteReport] = []
         found, note = Found(), ""
+        unmatched: tuple[str, ...] = ()
         try:
             found = recognise(graph)
+            note = self._split_note()
             decided = without_overlaps([(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)])
+            unmatched = self._unmatched(decided)
             found += Found(near_misses=tuple(miss for f in FUSIONS for miss in f.near_misses(found)))
         except Exception as error:  # a user's compilation must not end for want of a fusion
             note = _failure("leaves a graph as it is", error)
             decided = []
+        self._warn_of_flags(decided)
         # What the reports say of a site is read before the rewrite erases its nodes.
         sites = [self._site_report(site, decision) for _, site, decision in decided]
         near_misses = tuple(self._near_miss_reports(found))
         for index in _rewriting_order(decided):
             fusion, site, decision = decided[index]
-            if decision.plan is not None and (why := _rewrite(graph, fusion, site, str(decision.plan))) is not None:
-                sites[index] = self._site_report(site, replace(decision, plan=None, rule="refused", reason=why))
+            if decision.fuses and (why := _rewrite(graph, fusion, site, str(decision.plan or ""))) is not None:
+                left = replace(decision, plan=None, rewrites=False, rule="refused", reason=why)
+                sites[index] = self._site_report(site, left)
         decider.remember_untuned()
         return GraphReport(
             key=self.key,
@@ -147,7 +157,7 @@ class FusionPass(_AwarePass):
             kernel_seconds=decider.kernel_seconds,
             note=note,
             blocks=count_blocks(found),
-            unmatched=() if note else self._unmatched(decided),
+            unmatched=unmatched,
         )
 
     def _unmatched(self, decided: Sequence[Decided]) -> tuple[str, ...]:
@@ -155,6 +165,24 @@ class FusionPass(_AwarePass):
         matched = {(site.fusion, site.op) for _, site, _ in decided}
         on = [f for f in FUSIONS if self._settings.switched_on(f)[0] and (f.name, f.op) not in matched]
         return tuple(f"{fusion.name} ({fusion.op})" for fusion in on)
+
+    def _split_note(self) -> str:
+        """Which fusions may find nothing because an operator that they need is between graphs."""
+        reasons = {
+            f"{fusion.name}: {why}"
+            for fusion in FUSIONS
+            if (why := self._settings.split_at(fusion.needs)) is not None and self._settings.switched_on(fusion)[0]
+        }
+        return "; ".join(sorted(reasons))
+
+    def _warn_of_flags(self, decided: Sequence[Decided]) -> None:
+        """Who switches a fusion on by hand wants to know that it cannot fire; whether it is faster is another thing."""
+        for name in (name for name, on in self._settings.flags if on):
+            if all(decision.rule in _CANNOT for fusion, _, decision in decided if fusion.name == name):
+                warn_once(
+                    f"{PREFIX}{name} is set, but there is a graph in which it can fuse nothing; autofuse.explain says "
+                    "what was found there"
+                )
 
     def _site_report(self, site: Site, decision: Decision) -> SiteReport:
         plan, worst = decision.plan, decision.worst
@@ -166,11 +194,11 @@ class FusionPass(_AwarePass):
             source=self._origins.source([block.output for block in site.blocks]),
             device=str(site.device),
             tokens=describe_tokens(site.tokens),
-            fused=plan is not None,
+            fused=decision.fuses,
             plan=plan.name if plan else "",
             plan_text=str(plan or ""),
             rule=decision.rule,
-            reason="; ".join(filter(None, (decision.reason, site.note() if plan else ""))),
+            reason="; ".join(filter(None, (decision.reason, site.note() if decision.fuses else ""))),
             node=str(site.anchor),
             dialect=self._origins.dialect(node for block in site.blocks for node in block.nodes),
             looked_up=str(decision.key or ""),
@@ -192,6 +220,12 @@ class FusionPass(_AwarePass):
         ]
 
 
+def _layer_facts() -> list[str]:
+    """What decisions depend on that only vLLM's layers know."""
+    formats = output_formats()
+    return [] if formats is None else [f"{name}={sorted(groups)}" for name, groups in sorted(formats.items())]
+
+
 Decided = tuple[Fusion, Site, Decision]
 
 
@@ -201,7 +235,7 @@ def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
     Among sites that nobody measured, it is the one that replaces more nodes. One after the other, the best first; which
     set of sites would save the most in all is not searched.
     """
-    wanted = [index for index, (_, _, decision) in enumerate(decided) if decision.plan is not None]
+    wanted = [index for index, (_, _, decision) in enumerate(decided) if decision.fuses]
     wanted.sort(key=lambda index: _worth(*decided[index][1:]), reverse=True)
     kept: list[int] = []
     result = list(decided)
@@ -224,7 +258,9 @@ def _worth(site: Site, decision: Decision) -> tuple[bool, float, int]:
 
 def _merit(site: Site, decision: Decision) -> str:
     if decision.saved_us is None:
-        return f"was never tuned and replaces {len(site.nodes)} nodes"
+        return (
+            f"{'cannot be measured' if decision.rewrites else 'was never tuned'} and replaces {len(site.nodes)} nodes"
+        )
     return f"saves {decision.saved_us:.2f} µs"
 
 

@@ -84,7 +84,7 @@ class SiteReport:
         device: e.g. ``cuda:0``.
         tokens: T, ``16`` or ``2…∞``.
         fused: whether the fused op runs.
-        plan: the plan's name, "" if it is left alone.
+        plan: the plan's name, "" if it is left alone, or if no kernel of ours takes part.
         plan_text: the whole plan.
         rule: by which rule the database answered, or which other thing decided: ``level``, ``refused``, ``target``, …
         reason: why, as a sentence.
@@ -128,7 +128,8 @@ class SiteReport:
         return self.where or self.source or self.node or "somewhere"
 
     def __str__(self) -> str:
-        verdict = f"fused, plan {self.plan}" if self.fused else f"left alone, {VERDICTS[self.verdict]}"
+        fused = f"fused, plan {self.plan}" if self.plan else "fused"
+        verdict = fused if self.fused else f"left alone, {VERDICTS[self.verdict]}"
         lines = [f"{self.place}: {self.op} {verdict}"]
         origin = [f"at {self.source}"] if self.where and self.source else []
         origin += [f"node {self.node}"] if self.node else []

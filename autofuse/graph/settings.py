@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from autofuse.errors import BadInput
 from autofuse.graph.fusions import FUSIONS, Fusion
 from autofuse.tuner.budgets import COMPILE_BUDGET_S
 
-__all__ = ["LEVELS", "PREFIX", "UNTUNED", "Settings"]
+__all__ = ["LEVELS", "PREFIX", "UNTUNED", "Settings", "hint_for"]
 
 PREFIX = "autofuse."
 LEVELS = ("O0", "O1", "O2", "O3")
@@ -32,6 +32,10 @@ class Settings:
             take half a minute more.
         flags: (fusion, on or off) as set by hand; each beats the level.
         database: the database's path, None for the default one.
+        splitting_ops: the operators (``namespace::name``) at which whoever hands graphs over splits them, as in vLLM's
+            ``CompilationConfig``. What runs between two graphs cannot be fused in either.
+        use_inductor_graph_partition: the graph is whole until Inductor has run its passes, and only then partitioned at
+            ``splitting_ops``: nothing is lost to fusions. Inductor is told so.
 
     Example:
         >>> settings, others = Settings.parse({"autofuse.level": "O0", "trace.enabled": True})
@@ -44,6 +48,8 @@ class Settings:
     tune_budget: float = COMPILE_BUDGET_S
     flags: tuple[tuple[str, bool], ...] = ()
     database: Path | None = None
+    splitting_ops: tuple[str, ...] = ()
+    use_inductor_graph_partition: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
@@ -64,10 +70,12 @@ class Settings:
                 ours[name] = _seconds(key, value)
             elif name == "database":
                 ours[name] = _path(key, value)
+            elif name == "splitting_ops":
+                ours[name] = _operators(key, value)
+            elif name == "use_inductor_graph_partition":
+                ours[name] = _bool(key, value)
             elif name in _flag_names():
-                if not isinstance(value, bool):
-                    raise BadInput(f"option {key} must be True or False, not {value!r}")
-                flags[name] = value
+                flags[name] = _bool(key, value)
             else:
                 known = ", ".join(PREFIX + name for name in _names())
                 raise BadInput(f"unknown option {key}{_hint(name)}; the known options are {known}")
@@ -78,7 +86,9 @@ class Settings:
         budget of time left untuned is in no cache.
         """
         flags = "".join(f",{name}={'on' if on else 'off'}" for name, on in self.flags)
-        return f"level={self.level},untuned={self.untuned}{flags}"
+        split = f",splitting_ops={'+'.join(self.splitting_ops)}" if self.splitting_ops else ""
+        partition = ",use_inductor_graph_partition=on" if self.use_inductor_graph_partition else ""
+        return f"level={self.level},untuned={self.untuned}{flags}{split}{partition}"
 
     def switched_on(self, fusion: Fusion) -> tuple[bool, str]:
         """Whether ``fusion`` is on, and by what."""
@@ -88,13 +98,36 @@ class Settings:
         needs = f"{fusion.name} is on from level O{fusion.level}, the level is {self.level}"
         return LEVELS.index(self.level) >= fusion.level, needs
 
+    def split_at(self, operators: Collection[str]) -> str | None:
+        """Why a fusion that needs these operators inside a graph is off; None if it is not."""
+        if self.use_inductor_graph_partition:
+            return None
+        for name in self.splitting_ops:
+            if name.removesuffix(".default") in operators:
+                return f"{name} is in {PREFIX}splitting_ops: it splits the graph, and cannot be fused"
+        return None
+
+    @property
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor must be told: where to partition a graph."""
+        if not self.use_inductor_graph_partition:
+            return {}
+        return {"graph_partition": True, "custom_should_partition_ops": list(self.splitting_ops)}
+
+
+def hint_for(name: str) -> str:
+    """What to say of an option that Inductor lacks."""
+    known = ", ".join(PREFIX + each for each in _names())
+    return f"Inductor has none such, and those of autofuse are {known}{_hint(name)}"
+
 
 def _flag_names() -> list[str]:
     return [*dict.fromkeys(fusion.name for fusion in FUSIONS)]
 
 
 def _names() -> list[str]:
-    return ["level", "untuned", "tune_budget", "database", *_flag_names()]
+    own = ["level", "untuned", "tune_budget", "database", "splitting_ops", "use_inductor_graph_partition"]
+    return [*own, *_flag_names()]
 
 
 def _hint(name: str) -> str:
@@ -114,6 +147,19 @@ def _seconds(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise BadInput(f"option {key} must be a number of seconds from 0, not {value!r}")
     return float(value)
+
+
+def _bool(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadInput(f"option {key} must be True or False, not {value!r}")
+    return value
+
+
+def _operators(key: str, value: Any) -> tuple[str, ...]:
+    names = [*value] if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, str) or any(not isinstance(name, str) or "::" not in name for name in names):
+        raise BadInput(f"option {key} must be a list of operators such as vllm::unified_kv_cache_update, not {value!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def _path(key: str, value: Any) -> Path:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from autofuse.graph.blocks import Found, HeadwiseLinearBlock, NearMiss, QuantBlock
+from autofuse.graph.blocks import Found, HeadwiseLinearBlock, QuantBlock
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation
-from autofuse.graph.recognise.nodes import concrete, is_call, is_getitem, keeps_order, tensor
+from autofuse.graph.recognise.nodes import concrete, is_call, tensor
 from autofuse.graph.rewrite import Replacement
 from autofuse.ops.quant import NVFP4, ScaleLayout
 
 __all__ = ["AttnQuant", "AttnQuantSite"]
 
 aten = torch.ops.aten
-_ATTENTION = "vllm::unified_mla_attention_with_output"
 _SWAPPED = ([1, 0, 2], [1, 0, -1])
 
 
@@ -63,10 +61,6 @@ class AttnQuant(Fusion):
         pairs = [(linear, quant) for quant in found.quants() for linear in linears if quant.input in linear.in_order]
         return [_site(linear, quant) for linear, quant in pairs]
 
-    def near_misses(self, found: Found) -> list[NearMiss]:
-        why = f"the values that are quantised come from {_ATTENTION}, within which W_UV is applied"
-        return [NearMiss(self.op, quant.output, why) for quant in found.quants() if _is_attention(quant.input)]
-
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, AttnQuantSite)
         linear, quant = site.linear, site.quant
@@ -109,15 +103,6 @@ def _tokens_first(new: Replacement, rows: Node) -> Node:
     if is_call(rows, aten.permute.default) and rows.args[1] in _SWAPPED:
         return rows.args[0]  # type: ignore[return-value]
     return new.call(aten.permute.default, rows, [1, 0, 2])
-
-
-def _is_attention(node: Node) -> bool:
-    """Whether ``node`` is the output, seen in some shape, of vLLM's attention operator."""
-    while keeps_order(node):
-        node = node.args[0]  # type: ignore[assignment]
-    call: Any = node.args[0] if is_getitem(node) else None
-    op = call.args[0] if isinstance(call, Node) and call.args else None
-    return isinstance(op, torch._ops.OpOverload) and op._schema.name == _ATTENTION
 
 
 def _site(linear: HeadwiseLinearBlock, quant: QuantBlock) -> AttnQuantSite:

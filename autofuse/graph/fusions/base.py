@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Block, Found, NearMiss
+from autofuse.graph.recognise.custom_ops import operator_name
 
 __all__ = ["Fusion", "Site"]
 
@@ -52,6 +53,11 @@ class Site:
         """The first of its blocks' outputs in the graph. Whatever reads another site's outputs comes after this."""
         return min(output for block in self.blocks for output in block.outputs)
 
+    @property
+    def operators(self) -> frozenset[str]:
+        """The custom operators among the nodes that it replaces, e.g. ``vllm::unified_mla_kv_cache_update``."""
+        return frozenset(name for node in self.nodes if (name := operator_name(node)) is not None)
+
     def problem_params(self) -> Mapping[str, Any]:
         return dict(self.params)
 
@@ -72,13 +78,16 @@ class Fusion(ABC):
 
     Attributes:
         name: its flag's name, e.g. ``fuse_mla_dual_rms_norm``.
-        op: the fused op it becomes.
+        op: the fused op it becomes; "" for a rewrite of somebody else's call, which has no kernel of ours that could be
+            measured: its flag alone decides. Its sites then name the operator that is called.
         level: the lowest level, 0 to 3, that turns it on.
+        needs: operators of others, one of which is in each of its sites; empty if there are none such.
     """
 
     name: ClassVar[str]
     op: ClassVar[str]
     level: ClassVar[int]
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def match(self, found: Found) -> list[Site]:

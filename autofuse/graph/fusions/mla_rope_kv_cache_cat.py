@@ -44,7 +44,7 @@ from autofuse.graph.recognise.nodes import concrete, is_call, product, same_size
 from autofuse.graph.rewrite import Replacement
 from autofuse.graph.rows import is_stored
 
-__all__ = ["MlaRopeKvCacheCat", "MlaRopeSite"]
+__all__ = ["MlaRopeKvCacheCat", "MlaRopeSite", "activations", "check_site", "site_of"]
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ class MlaRopeKvCacheCat(Fusion):
     level = 2
 
     def match(self, found: Found) -> list[Site]:
-        return [_site(pair) for pair in pair_ropes(found)[0] if is_latent(pair)]
+        return [site_of(pair) for pair in pair_ropes(found)[0] if is_latent(pair)]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, MlaRopeSite)
@@ -131,39 +131,55 @@ class MlaRopeKvCacheCat(Fusion):
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
             kept = [each for rope in (pair.q, pair.k) for each in replace_spared(spared, rope)]
-            key = _one_head(new, k_pe)
-            latent = _caches(pair)[0]
-            fused, caches = call_writing(
-                new,
-                torch.ops.autofuse.mla_rope_kv_cache_cat.default,
-                {
-                    "q_nope": None if site.q_nope is None else site.q_nope.build(new.call, site.q_nope.rows.node),
-                    "q_pe": q_pe.build(new.call, q_pe.rows.node),
-                    "kv_c": key if site.kv_c is None else _one_head(new, site.kv_c),
-                    "k_pe": key,
-                    "positions": head_positions(shared, pair.q.angles, q_pe),
-                    "cos_sin_cache": table_of(shared, pair.q.angles),
-                    "slot_mapping": None if latent is None else slots_of(shared, latent.slots, latent),
-                    "kv_scale": scale_of(latent, pair.q.dtype),
-                    "q_scale": None,
-                    "is_neox": pair.q.is_neox,
-                    "plan": plan,
-                },
-                site.caches,
-            )
-            query, rotated = (new.getitem(fused, index) for index in range(2))
+            query, rotated, others = self.call(new, shared, site, plan)
             if site.cat is None:
                 results = replace_rope(new, pair.q, q_pe, query)
             else:
                 whole = RopeRead(site.cat, 0, concrete(shape(site.cat)[-1]) or 0, folded=False)
                 results = [(site.cat, to_read(new, query, whole, q_pe))]
             results += replace_rope(new, pair.k, k_pe, new.call(aten.unsqueeze.default, rotated, 1))
-            results += kept
-            results += [(cache.write.output, caches[cache.root]) for cache in site.caches]
+            results += [*kept, *others]
             hoist = shared.with_later(hoist)
         new.hoist(hoist)
         new.redirect(results)
         new.erase(site.nodes)
+
+    def call(
+        self, new: Replacement, shared: SharedValues, site: MlaRopeSite, plan: str
+    ) -> tuple[Node, Node, list[tuple[Node, Node]]]:
+        """The fused op: (the query; rotated k_pe; whatever else it replaces, and by what)."""
+        latent = _caches(site.pair)[0]
+        fused, caches = call_writing(
+            new,
+            torch.ops.autofuse.mla_rope_kv_cache_cat.default,
+            {
+                **activations(new, shared, site),
+                "slot_mapping": None if latent is None else slots_of(shared, latent.slots, latent),
+                "kv_scale": scale_of(latent, site.pair.q.dtype),
+                "q_scale": None,
+                "is_neox": site.pair.q.is_neox,
+                "plan": plan,
+            },
+            site.caches,
+        )
+        others = [(cache.write.output, caches[cache.root]) for cache in site.caches]
+        return new.getitem(fused, 0), new.getitem(fused, 1), others
+
+
+def activations(new: Replacement, shared: SharedValues, site: MlaRopeSite) -> dict[str, Node | None]:
+    """The fused op's arguments that say what is rotated, and by which angles."""
+    q_pe, k_pe = site.q_pe, site.k_pe
+    assert q_pe is not None
+    assert k_pe is not None
+    key = _one_head(new, k_pe)
+    return {
+        "q_nope": None if site.q_nope is None else site.q_nope.build(new.call, site.q_nope.rows.node),
+        "q_pe": q_pe.build(new.call, q_pe.rows.node),
+        "kv_c": key if site.kv_c is None else _one_head(new, site.kv_c),
+        "k_pe": key,
+        "positions": head_positions(shared, site.pair.q.angles, q_pe),
+        "cos_sin_cache": table_of(shared, site.pair.q.angles),
+    }
 
 
 def _one_head(new: Replacement, source: HeadSource) -> Node:
@@ -178,7 +194,7 @@ def _caches(pair: RopePair) -> tuple[CacheWriteBlock | None, CacheWriteBlock | N
     return pair.value_write, pair.key_write
 
 
-def _site(pair: RopePair) -> MlaRopeSite:
+def site_of(pair: RopePair) -> MlaRopeSite:
     value = tensor(pair.q.input.node)
     assert value is not None
     site = MlaRopeSite(
@@ -198,7 +214,7 @@ def _site(pair: RopePair) -> MlaRopeSite:
     )
     try:
         site = _with_rows(site)
-        _check(site)
+        check_site(site)
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site
@@ -268,7 +284,7 @@ def _joined(pair: RopePair, q: HeadSource) -> tuple[HeadSource, Node] | None:
     return HeadSource(HeadRows(nope, 0), q.frame, q.tokens_at, q.heads_at, width), cat
 
 
-def _check(site: MlaRopeSite) -> None:
+def check_site(site: MlaRopeSite) -> None:
     """Raises RefusedError where the site must not be one call."""
     pair, k_pe, q_pe = site.pair, site.k_pe, site.q_pe
     assert k_pe is not None

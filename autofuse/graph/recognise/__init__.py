@@ -13,6 +13,7 @@ from torch.fx import Graph
 from autofuse.graph.blocks import Found
 from autofuse.graph.recognise.attention_output import find_headwise_linears
 from autofuse.graph.recognise.kv_cache import find_cache_writes
+from autofuse.graph.recognise.layer_calls import find_layer_calls
 from autofuse.graph.recognise.quant import find_quants
 from autofuse.graph.recognise.rms_norm import find_rms_norms
 from autofuse.graph.recognise.rope import find_ropes
@@ -25,6 +26,7 @@ RECOGNISERS: tuple[Callable[[Graph], Found], ...] = (
     find_headwise_linears,
     find_ropes,
     find_cache_writes,
+    find_layer_calls,
 )
 
 

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from autofuse.graph.recognise.nodes import is_call, is_getitem, same_size, tensor
 
-__all__ = ["CustomCall", "Written", "custom_calls", "layout_of"]
+__all__ = ["CustomCall", "Written", "custom_calls", "layout_of", "made_for", "operator_name"]
 
 aten = torch.ops.aten
 _EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.new_empty_strided.default)
@@ -72,7 +72,7 @@ class CustomCall:
 
     def own_nodes(self) -> list[Node]:
         """The call, its items, and the buffers that were made for it alone."""
-        made = [node for each in self.written.values() if each is not None for node in _made_for(each.before)]
+        made = [node for each in self.written.values() if each is not None for node in made_for(each.before)]
         return [*made, self.node, *(user for user in self.node.users if is_getitem(user))]
 
 
@@ -89,6 +89,15 @@ def custom_calls(graph: Graph) -> Iterator[CustomCall]:
             schema = node.target._schema
             if not schema.is_mutable:
                 yield CustomCall(node, _name(node.target), _by_name(schema, node.args, node.kwargs), {})
+
+
+def operator_name(node: Node) -> str | None:
+    """The operator that a node calls, plainly or made functional, if it is not PyTorch's own: ``namespace::name``."""
+    if node.op != "call_function":
+        return None
+    target = node.args[0] if node.target in (auto_functionalized, auto_functionalized_v2) else node.target
+    is_custom = isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+    return target._schema.name if is_custom else None  # type: ignore[union-attr]
 
 
 def layout_of(node: Node) -> Layout | None:
@@ -154,7 +163,7 @@ def _has_layout(node: Node, layout: Layout) -> bool:
     return all(same_size(one, other) for one, other in pairs)
 
 
-def _made_for(buffer: Node) -> list[Node]:
+def made_for(buffer: Node) -> list[Node]:
     """The nodes that make an uninitialised buffer, if it has but one reader; else none."""
     made: list[Node] = []
     node: Any = buffer

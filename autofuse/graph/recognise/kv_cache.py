@@ -24,10 +24,7 @@ aten = torch.ops.aten
 
 _CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8)
 _RESHAPES = (aten.reshape.default, aten.view.default)
-_BY_NAME = (
-    "vllm::unified_kv_cache_update",
-    "vllm::unified_mla_kv_cache_update",
-)
+_BY_NAME = ("vllm::unified_kv_cache_update",)  # MLA's is recognised in layer_calls.py
 
 
 class _OffError(Exception):
@@ -323,6 +320,8 @@ def _flash(call: CustomCall) -> list[CacheWriteBlock]:
 def _mla(call: CustomCall) -> list[CacheWriteBlock]:
     """``concat_and_cache_mla``: kv_c [T, L] and k_pe [T, R] into a cache [blocks, block_size, L + R]."""
     args = call.args
+    if args.get("skip_scale") and args["kv_cache_dtype"] != "auto":
+        raise _OffError("it leaves out the division by the cache's scale (skip_scale)")
     return [_of_operator(call, "kv_cache", (args["kv_c"], args["k_pe"]), args["scale"], heads_at=None)]
 
 

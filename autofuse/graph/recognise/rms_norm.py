@@ -44,7 +44,7 @@ def find_rms_norms(graph: Graph) -> Found:
     """All RMSNorms with a weight in a post-grad graph, and what came close to being one."""
     blocks: list[RMSNormBlock] = []
     near_misses: list[NearMiss] = []
-    calls = {call.node: call for call in custom_calls(graph) if call.name in _OPS}
+    calls = {call.node: call for call in custom_calls(graph) if call.name in (*_OPS, *_ADDING_OPS)}
     for node in sorted([*_anchors(graph), *calls]):
         try:
             block = _match_op(calls[node]) if node in calls else _match(node)
@@ -70,10 +70,13 @@ def _anchors(graph: Graph) -> list[Node]:
 
 _OPS = ("vllm_ir::rms_norm", "_C::rms_norm")
 """vLLM's operators; both cast before they multiply by the weight."""
+_ADDING_OPS = ("vllm_ir::fused_add_rms_norm", "_C::fused_add_rms_norm")
 
 
 def _match_op(call: CustomCall) -> RMSNormBlock:
     """The RMSNorm that an operator is. Raises _OffError."""
+    if call.name in _ADDING_OPS:
+        raise _OffError(f"{call.name} adds the residual first, and returns the sum too")
     rows, output = call.args.get("x", call.args.get("input")), call.node
     dtype, width = dtype_of(rows), concrete(shape(rows)[-1])
     if width is None or dtype is None:
