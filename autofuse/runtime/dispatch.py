@@ -220,7 +220,7 @@ class OpRegistry:
             native = self._native
             assert native is not None
             try:
-                return implementation(args, native.current_plan())
+                return implementation(op.split_plan(args)[0], native.current_plan())
             except KeyboardInterrupt:
                 interrupt_main()  # raised again as soon as Python runs
                 native.set_error(f"{op.name} was interrupted")
