@@ -112,7 +112,7 @@ def backends(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Call]:
         return logits
 
     plain = torch.compile(model, dynamic=False)
-    ours = torch.compile(model, backend="autofuse", dynamic=False)
+    ours = torch.compile(model, backend="autofuse", dynamic=False, options={"autofuse.untuned": "tune"})
     return {"eager": call(model), "torch.compile": call(plain), "autofuse": call(ours)}
 
 

@@ -132,7 +132,9 @@ _GPU_SPACE = SearchSpace(
         ),
     ),
     (
-        Constraint("widths, halves of what is rotated, and what is read of the table must be whole vectors", _whole_units),
+        Constraint(
+            "widths, halves of what is rotated, and what is read of the table must be whole vectors", _whole_units
+        ),
         Constraint("the groups of fp8_ds_mla lie within a warp, and begin with a chunk", _whole_groups),
         Constraint(
             "32 bytes are two loads either way: they save stores where the query is fp8",
