@@ -203,8 +203,8 @@ class FusedOp(ABC):
     def split_plan(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
         """A call's arguments without the plan, and the plan; PyTorch leaves out trailing ones that are defaults."""
         left_out = torch._C.parse_schema(self.name + self.schema).arguments[len(args) :]
-        *given, plan = (*args, *(argument.default_value for argument in left_out))
-        return tuple(given), plan
+        arguments: list[Any] = [*args, *(argument.default_value for argument in left_out)]
+        return tuple(arguments[:-1]), arguments[-1]
 
     def source_hash(self, kind: str) -> str:
         """Changes with the kernel's source. Raises UnsupportedCall if there is no kernel for ``kind``."""

@@ -15,7 +15,7 @@ from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_na
 from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, rotate, scaled_to_fp8
+from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, in_halves, rotate, scaled_to_fp8
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
@@ -65,19 +65,10 @@ def _fp8_query(problem: Problem) -> bool:
     return dict(problem.params).get("query", "auto") == "fp8"
 
 
-def _deinterleaves(problem: Problem) -> bool:
-    return dict(problem.params).get("deinterleave", 0) == 1
-
-
-def _in_halves(problem: Problem) -> bool:
-    """Whether rotated pairs are written half a row apart: a thread then has two vectors of them."""
-    return bool(problem["neox"]) or _deinterleaves(problem)
-
-
 def _units(problem: Problem, size: int) -> int:
     """A token's units of ``size`` elements: see the kernel."""
     heads, latents = problem.int("heads"), problem.int("latent_dim") if _kind(problem).code else 0
-    rotated = (heads + 1) * problem.int("rope_dim") // (2 if _in_halves(problem) else 1)
+    rotated = (heads + 1) * problem.int("rope_dim") // (2 if in_halves(problem) else 1)
     return (heads * problem.int("nope_dim") + latents + rotated) // size
 
 
@@ -88,9 +79,9 @@ def _size(config: Mapping[str, int], problem: Problem) -> int:
 
 def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
     size = _size(config, problem)
-    rotated = problem.int("rope_dim") // (2 if _in_halves(problem) else 1)
+    rotated = problem.int("rope_dim") // (2 if in_halves(problem) else 1)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if _in_halves(problem) else size // 2
+    angles = size if in_halves(problem) else size // 2
     return (
         size >= 2
         and angles * DTYPES[str(problem["table"])].itemsize >= 4
@@ -107,7 +98,7 @@ def _whole_groups(config: Config, problem: Problem, tokens: int) -> bool:
 def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
     vector = config["VEC_BYTES"] // 4
     angles = vector * DTYPES[str(problem["table"])].itemsize // _bytes(problem)
-    unit = 2 * vector + 2 * angles if _in_halves(problem) else vector + angles
+    unit = 2 * vector + 2 * angles if in_halves(problem) else vector + angles
     return config["UNROLL"] * unit <= _LOAD_REGISTERS
 
 
@@ -357,7 +348,7 @@ class MlaRopeKvCacheCat(FusedOp):
                 *((("deinterleave", 1),) if params.get("deinterleave") else ()),
             ),
         )
-        if problem["neox"] and _deinterleaves(problem):
+        if problem["neox"] and deinterleaves(problem):
             raise UnsupportedCall(f"{problem}: halves, as NeoX pairs them, are not de-interleaved")
         if min(widths["heads"], widths["rope_dim"], widths["latent_dim"]) < 1 or widths["rope_dim"] % 2:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim even")
@@ -510,7 +501,7 @@ class MlaRopeKvCacheCat(FusedOp):
             torch.full((1,), 0.37, device=device) if scaled else None,
             torch.full((1,), 0.29, device=device) if fp8 else None,
             bool(problem["neox"]),
-            _deinterleaves(problem),
+            deinterleaves(problem),
         )
 
     def check_args(
@@ -563,7 +554,7 @@ class MlaRopeKvCacheCat(FusedOp):
             scales[0] if _kind(problem).code == 2 else None,
             scales[1] if _fp8_query(problem) else None,
             bool(problem["neox"]),
-            _deinterleaves(problem),
+            deinterleaves(problem),
         )
 
     def sweep_problems(self) -> Sequence[Problem]:
@@ -643,7 +634,7 @@ class MlaRopeKvCacheCat(FusedOp):
                 "ROPE": problem.int("rope_dim"),
                 "LATENT": problem.int("latent_dim"),
                 "NEOX": problem.int("neox"),
-                "DEINTERLEAVE": int(_deinterleaves(problem)),
+                "DEINTERLEAVE": int(deinterleaves(problem)),
                 "CACHE": _kind(problem).code,
                 "APART": int(_kind(problem).apart),
                 "Q_FP8": int(_fp8_query(problem)),
@@ -689,7 +680,7 @@ class MlaRopeKvCacheCat(FusedOp):
         absent = {0: not nope, 7: not cache.code, 8: bool(cache.code) and not cache.apart, 10: not fp8_query}
         return Binding(
             tensors=tuple(tensors),
-            constants=((11, bool(problem["neox"])), (12, _deinterleaves(problem))),
+            constants=((11, bool(problem["neox"])), (12, deinterleaves(problem))),
             absent=tuple(index for index, is_absent in absent.items() if is_absent),
             fields=(
                 Field(pointer, 0) if nope else no_pointer,

@@ -1,14 +1,35 @@
-"""RoPE and writes to a KV cache in plain PyTorch, for the references of the ops that do them."""
+"""RoPE and writes to a KV cache in plain PyTorch, for the references of the ops that do them, and RoPE's styles."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["E4M3_EPSILON", "E4M3_MAX", "E4M3_SMALLEST", "rotate", "scaled_to_fp8", "write_rows"]
+from autofuse.ops.problem import Problem
+
+__all__ = [
+    "E4M3_EPSILON",
+    "E4M3_MAX",
+    "E4M3_SMALLEST",
+    "deinterleaves",
+    "in_halves",
+    "rotate",
+    "scaled_to_fp8",
+    "write_rows",
+]
 
 E4M3_MAX = 448.0
 E4M3_EPSILON = 2.0**-3
 E4M3_SMALLEST = 2.0**-9
+
+
+def deinterleaves(problem: Problem) -> bool:
+    """Whether neighbours come out as halves. Problems in which they do not have no such parameter."""
+    return dict(problem.params).get("deinterleave", 0) == 1
+
+
+def in_halves(problem: Problem) -> bool:
+    """Whether rotated pairs are written half a row apart: a thread of a GPU then has two vectors of them."""
+    return bool(problem["neox"]) or deinterleaves(problem)
 
 
 def rotate(

@@ -13,7 +13,16 @@ from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_na
 from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, rotate, scaled_to_fp8, write_rows
+from autofuse.ops.rope import (
+    E4M3_EPSILON,
+    E4M3_MAX,
+    E4M3_SMALLEST,
+    deinterleaves,
+    in_halves,
+    rotate,
+    scaled_to_fp8,
+    write_rows,
+)
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
@@ -37,10 +46,6 @@ _QK_NORMED = ("qwen3", "qwen3_moe")
 
 def _bytes(problem: Problem) -> int:
     return DTYPES[str(problem["dtype"])].itemsize
-
-
-def _deinterleaves(problem: Problem) -> bool:
-    return dict(problem.params).get("deinterleave", 0) == 1
 
 
 def _fp8_cache(problem: Problem) -> bool:
@@ -67,7 +72,7 @@ def _units(problem: Problem, config: Mapping[str, int]) -> int:
 def _whole_pairs(config: Mapping[str, int], problem: Problem, tokens: int) -> bool:
     size = config["VEC_BYTES"] // _bytes(problem)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if problem["neox"] or _deinterleaves(problem) else size // 2
+    angles = size if in_halves(problem) else size // 2
     return (
         size >= 2
         and angles * DTYPES[str(problem["table"])].itemsize >= 4
@@ -332,7 +337,7 @@ class RopeKvCache(FusedOp):
                 *((("deinterleave", 1),) if params.get("deinterleave") else ()),
             ),
         )
-        if problem["neox"] and _deinterleaves(problem):
+        if problem["neox"] and deinterleaves(problem):
             raise UnsupportedCall(f"{problem}: halves, as NeoX pairs them, are not de-interleaved")
         if min(widths.values()) < 1 or widths["rope_dim"] > widths["head_dim"]:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim at most head_dim")
@@ -491,7 +496,7 @@ class RopeKvCache(FusedOp):
             1e-6,
             bool(problem["neox"]),
             bool(problem["return_k"]),
-            _deinterleaves(problem),
+            deinterleaves(problem),
         )
 
     def check_args(
@@ -601,7 +606,7 @@ class RopeKvCache(FusedOp):
                 "HEAD_DIM": problem.int("head_dim"),
                 "ROPE": problem.int("rope_dim"),
                 "NEOX": problem.int("neox"),
-                "DEINTERLEAVE": int(_deinterleaves(problem)),
+                "DEINTERLEAVE": int(deinterleaves(problem)),
                 "CACHE": _CACHES.index(str(problem["cache"])),
                 "QK_NORM": problem.int("qk_norm"),
                 "Q_FP8": problem.int("q_fp8"),
@@ -657,7 +662,7 @@ class RopeKvCache(FusedOp):
             constants=(
                 (_NEOX, bool(problem["neox"])),
                 (_RETURN_K, bool(problem["return_k"])),
-                (_DEINTERLEAVE, _deinterleaves(problem)),
+                (_DEINTERLEAVE, deinterleaves(problem)),
             ),
             absent=tuple(sorted(absent)),
             fields=(
