@@ -121,8 +121,9 @@ def test_partial_rotary(dialect):
 
 def test_halves_that_come_out_as_neighbours_are_left_alone():
     def interleaved(x, table, positions):
-        a, b = vllm_neox(x, table, positions).chunk(2, dim=-1)
-        return torch.stack((a, b), dim=-1).flatten(-2)
+        cos, sin = (part.unsqueeze(-2) for part in table.index_select(0, positions).chunk(2, dim=-1))
+        a, b = x.chunk(2, dim=-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
     assert "pairs halves of its input but neighbours of its result" in refusal(
         Gqa(interleaved, flat), *hidden(), *paged(T)
