@@ -3,7 +3,7 @@
 // A task is one token; THREADS threads take tokens in turn. The heads of a token share one row of the rotary table, which
 // is widened to floats once.
 //
-// Constants of the problem: ELEMENT, TABLE, HEADS, NOPE, ROPE, LATENT, NEOX, CACHE, APART, Q_FP8, as on a GPU.
+// Constants of the problem: ELEMENT, TABLE, HEADS, NOPE, ROPE, LATENT, NEOX, DEINTERLEAVE, CACHE, APART, Q_FP8, as on a GPU.
 // Tunables:
 //   THREADS        threads of the parallel loop, or as many as PyTorch may use if that is fewer
 //   SERIAL_ROWS    up to so many tokens one thread does it all: waking others costs some microseconds
@@ -72,8 +72,9 @@ static inline void rotate(const E* from, E* to, const float* cosines, const floa
     widen_row(from, x, ROPE);
     for (int i = 0; i < HALF; ++i) {
         const int a = NEOX ? i : 2 * i, b = NEOX ? i + HALF : 2 * i + 1;
-        rotated[a] = x[a] * cosines[i] - x[b] * sines[i];
-        rotated[b] = x[b] * cosines[i] + x[a] * sines[i];
+        const int to_a = DEINTERLEAVE ? i : a, to_b = DEINTERLEAVE ? i + HALF : b;
+        rotated[to_a] = x[a] * cosines[i] - x[b] * sines[i];
+        rotated[to_b] = x[b] * cosines[i] + x[a] * sines[i];
     }
     narrow_row(rotated, to, ROPE);
 }

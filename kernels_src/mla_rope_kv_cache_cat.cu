@@ -2,7 +2,8 @@
 // rotated q_pe side by side, in one launch.
 //
 // A token's work is units: a vector that is copied (of kv_c, or of a head's q_nope), a vector that is rotated (of k_pe, or of
-// a head's q_pe), or, where NeoX pairs them, two such vectors half a row apart. A thread takes UNROLL units, THREADS apart,
+// a head's q_pe), or, where NeoX pairs them, two such vectors half a row apart. With DEINTERLEAVE a unit reads two neighbouring
+// vectors of pairs and writes two that are half a row apart: whole vectors either way. A thread takes UNROLL units, THREADS apart,
 // with all their loads in flight before the first store. Neighbouring threads have neighbouring units, and nearly all warps
 // have units of one kind. Every byte crosses memory once, but for the rotary table.
 //
@@ -10,7 +11,7 @@
 // k_pe before the heads, which needs its position, and then the table; then what is just copied.
 //
 // Constants of the problem: ELEMENT (bf16, fp16, fp32), TABLE (element of cos_sin_cache), HEADS, NOPE (width of q_nope, or
-// 0: none), ROPE, LATENT, NEOX, Q_FP8 (the query is returned as fp8 e4m3 of value ÷ q_scale), APART (k_pe has a cache of its
+// 0: none), ROPE, LATENT, NEOX, DEINTERLEAVE (pairs that are neighbours are written half a row apart), Q_FP8 (the query is returned as fp8 e4m3 of value ÷ q_scale), APART (k_pe has a cache of its
 // own), and CACHE: 0 none, 1 ELEMENT, 2 fp8 e4m3 of value ÷ kv_scale, 3 rows of 656 bytes (vLLM's fp8_ds_mla): 512 fp8 e4m3
 // values of kv_c, four fp32 scales, max(amax ÷ 448, smallest normal number) of 128 values each, 64 elements of k_pe.
 // Tunables:
@@ -63,9 +64,11 @@ struct Params {
 constexpr int SIZE = VEC_BYTES / int(sizeof(Element));
 constexpr int ALIGN = VEC_BYTES < 16 ? VEC_BYTES : 16;  // bytes that inputs begin at multiples of
 constexpr int HALF = ROPE / 2;
+constexpr bool IN_HALVES = NEOX || DEINTERLEAVE;  // rotated units have two vectors, written half a row apart,
+constexpr int PARTNER = DEINTERLEAVE ? SIZE : HALF;  // and read so far apart
 constexpr int Q_ROW = NOPE + ROPE;
 constexpr u32 LATENTS = CACHE ? LATENT / SIZE : 0;                        // units of a token: of kv_c,
-constexpr u32 ROTATED_ROW = (NEOX ? HALF : ROPE) / SIZE;                  // of a row that is rotated,
+constexpr u32 ROTATED_ROW = (IN_HALVES ? HALF : ROPE) / SIZE;             // of a row that is rotated,
 constexpr u32 ROTATED = (HEADS + 1) * ROTATED_ROW;                        // of k_pe and each head's q_pe,
 constexpr u32 COPIED_ROW = NOPE / SIZE, COPIED = HEADS * COPIED_ROW;      // and of q_nope
 constexpr u32 UNITS = LATENTS + ROTATED + COPIED;
@@ -81,7 +84,8 @@ constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 constexpr int CACHE_WIDTHS = LATENT | ROPE | 16, FP8_CACHE_ALIGN = CACHE_WIDTHS & -CACHE_WIDTHS;
 constexpr int QUERY_WIDTHS = NOPE | ROPE | 16, FP8_QUERY_ALIGN = QUERY_WIDTHS & -QUERY_WIDTHS;
 
-static_assert(NOPE % SIZE == 0 && LATENT % SIZE == 0 && (NEOX ? HALF : ROPE) % SIZE == 0, "whole units");
+static_assert(NOPE % SIZE == 0 && LATENT % SIZE == 0 && (IN_HALVES ? HALF : ROPE) % SIZE == 0, "whole units");
+static_assert(!(NEOX && DEINTERLEAVE), "NeoX has no neighbours to take apart");
 static_assert(i64(CHUNK) * UNITS < 1 << 30, "32 bits do within a chunk");
 static_assert(!DS_MLA || (LATENT == 512 && ROPE == 64 && sizeof(Element) == 2), "the layout's own widths");
 // A chunk begins with a warp, so groups are neighbouring lanes of one.
@@ -133,7 +137,7 @@ enum Kind { NOTHING, KV_C, K_PE, Q_PE, Q_NOPE };
 struct Unit {
     Kind kind;
     int token;
-    int at;               // where it begins in its row of kv_c, k_pe or q_pe
+    int at;               // where it goes in its row of kv_c, k_pe or q_pe
     const Element* from;  // its input
     i64 to;               // where it goes in q_out or k_pe_out, in elements
 
@@ -165,9 +169,10 @@ __device__ __forceinline__ Unit unit_at(const Params& p, const First& first, u32
     if (unit < count * ROTATED) {
         const u32 row = unit / ROTATED_ROW, in_chunk = row / (HEADS + 1), at = (unit - row * ROTATED_ROW) * SIZE;
         const int head = int(row - in_chunk * (HEADS + 1)) - 1;
+        const u32 source = DEINTERLEAVE ? 2 * at : at;
         const i64 token = begin + in_chunk;
-        if (head < 0) return {K_PE, int(token), int(at), p.k_pe + token * p.k_pe_token + at, token * ROPE + at};
-        const Element* from = p.q_pe + token * p.q_pe_token + head * p.q_pe_head + at;
+        if (head < 0) return {K_PE, int(token), int(at), p.k_pe + token * p.k_pe_token + source, token * ROPE + at};
+        const Element* from = p.q_pe + token * p.q_pe_token + head * p.q_pe_head + source;
         return {Q_PE, int(token), int(at), from, (token * HEADS + head) * Q_ROW + NOPE + at};
     }
     unit -= count * ROTATED;
@@ -183,27 +188,28 @@ __device__ __forceinline__ Unit unit_at(const Params& p, const First& first, u32
 
 // ---- The rotary table -----------------------------------------------------------------------------------------------
 
-template <bool IS_NEOX>
+template <bool OF_TWO>
 struct AnglesOf {
-    static constexpr int COUNT = IS_NEOX ? SIZE : SIZE / 2;
+    static constexpr int COUNT = OF_TWO ? SIZE : SIZE / 2;
     Run<TableElement, COUNT> cosines, sines;
 
     static __device__ __forceinline__ const TableElement* source(const Params& p, i64 position, int at) {
-        return p.table + position * p.table_row + (IS_NEOX ? at : at / 2);
+        return p.table + position * p.table_row + (OF_TWO ? at : at / 2);
     }
     __device__ __forceinline__ void load(const TableElement* from) {
         cosines.load(from);
         sines.load(from + HALF);
     }
-    // NeoX: `x` and its partner `y`; GPT-J: `x` alone.
+    // `x` and its partner `y`; GPT-J: `x` alone.
     __device__ __forceinline__ void rotate(Values& x, Values& y) const {
         float x_values[SIZE], cosine_values[COUNT], sine_values[COUNT];
         x.unpack(x_values);
         cosines.unpack(cosine_values);
         sines.unpack(sine_values);
-        if constexpr (IS_NEOX) {
+        if constexpr (OF_TWO) {
             float y_values[SIZE];
             y.unpack(y_values);
+            if constexpr (DEINTERLEAVE) deinterleave(x_values, y_values);
             rotate_neox(x_values, y_values, cosine_values, sine_values);
             y.pack(y_values);
         } else {
@@ -212,7 +218,7 @@ struct AnglesOf {
         x.pack(x_values);
     }
 };
-typedef AnglesOf<NEOX> UnitAngles;
+typedef AnglesOf<IN_HALVES> UnitAngles;
 
 // ---- What is written ------------------------------------------------------------------------------------------------
 
@@ -314,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
                 const Unit& unit = units[u];
                 if (unit.kind == NOTHING) continue;
                 prefetch(unit.from);
-                if (NEOX && unit.is_rotated()) prefetch(unit.from + HALF);
+                if (IN_HALVES && unit.is_rotated()) prefetch(unit.from + PARTNER);
                 if (GUESS && unit.is_rotated()) early[u] = read_early(p.positions + unit.token);
                 // What layers share is in L2 unless they were large. Once for each token:
                 if (unit.kind == K_PE && unit.at == 0) {
@@ -356,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
         if (unit.is_rotated()) {
             if (GUESS && guesses[u] >= 0) angles[u].load(guessed[u]);
             positions[u] = GUESS ? read_past_l1(p.positions + unit.token) : p.positions[unit.token];
-            if (NEOX) READ_ONCE ? partners[u].load_once(unit.from + HALF) : partners[u].load(unit.from + HALF);
+            if (IN_HALVES) READ_ONCE ? partners[u].load_once(unit.from + PARTNER) : partners[u].load(unit.from + PARTNER);
         }
         if (unit.is_cached()) {
             slots[u] = unit.token < p.slot_count ? p.slots[unit.token] : -1;
@@ -391,14 +397,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
         if (unit.is_rotated()) angles[u].rotate(values[u], partners[u]);
         if (unit.kind == K_PE) {
             values[u].store(p.k_pe_out + unit.to);
-            if (NEOX) partners[u].store(p.k_pe_out + unit.to + HALF);
+            if (IN_HALVES) partners[u].store(p.k_pe_out + unit.to + HALF);
             if (CACHE && rows[u] >= 0) {
                 cache_k_pe(p, unit.at, rows[u], values[u], scale);
-                if (NEOX) cache_k_pe(p, unit.at + HALF, rows[u], partners[u], scale);
+                if (IN_HALVES) cache_k_pe(p, unit.at + HALF, rows[u], partners[u], scale);
             }
         } else if (unit.kind != NOTHING) {
             store_query(p, unit.to, values[u], scale);
-            if (NEOX && unit.kind == Q_PE) store_query(p, unit.to + HALF, partners[u], scale);
+            if (IN_HALVES && unit.kind == Q_PE) store_query(p, unit.to + HALF, partners[u], scale);
         }
     }
 }

@@ -3,7 +3,8 @@
 //     (x · cos - y · sin, y · cos + x · sin)
 //
 // NeoX pairs element i with i + R/2, GPT-J even with odd neighbours. A row of the rotary table holds R/2 cosines, then R/2
-// sines (vLLM's cos_sin_cache).
+// sines (vLLM's cos_sin_cache). Hugging Face transformers' DeepSeek-V3 pairs neighbours, but leaves the results in halves:
+// that is NeoX's rotation of what was de-interleaved first.
 #pragma once
 #include "gpu.cuh"
 
@@ -30,6 +31,18 @@ __device__ __forceinline__ void rotate_gptj(float (&x)[N], const float (&cosines
     }
 }
 
+// 2N consecutive elements, x before y: all even ones, in x, then all odd ones, in y.
+template <int N>
+__device__ __forceinline__ void deinterleave(float (&x)[N], float (&y)[N]) {
+    float odd[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) odd[e] = 2 * e + 1 < N ? x[2 * e + 1] : y[2 * e + 1 - N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[e] = 2 * e < N ? x[2 * e] : y[2 * e - N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) y[e] = odd[e];
+}
+
 // COUNT consecutive elements of the table in registers, as they are in memory: what turns them into floats would wait for
 // them. Loaded from multiples of ALIGN bytes, no more than ALIGN at a time.
 template <typename T, int COUNT, int ALIGN>
@@ -53,9 +66,9 @@ struct TablePart {
     }
 };
 
-// The angles of two vectors of N elements, x at element `at` of a row of R elements and y R/2 further on: NeoX has the same
-// for both, GPT-J some for x and some for y. The table, its row stride and N elements of it are multiples of ALIGN bytes.
-template <bool IS_NEOX, typename T, int N, int ALIGN>
+// The angles of two vectors of N elements, x at element `at` of a row of R elements and y R/2 further on: those that NeoX
+// pairs, or that are de-interleaved, have the same, in GPT-J's style some are x's and some y's. The table, its row stride and N elements of it are multiples of ALIGN bytes.
+template <bool SAME, typename T, int N, int ALIGN>
 struct Angles {
     TablePart<T, N, ALIGN> cosines, sines;
 

@@ -1,10 +1,11 @@
 // rope_kv_cache on a CPU: see rope_kv_cache.cu for what it computes.
 //
 // A task is one token; THREADS threads take tokens in turn. The heads of a token share one row of the rotary table, which
-// is widened to floats once; GPT-J's angles are laid out beside the elements that they turn.
+// is widened to floats once; GPT-J's angles are laid out beside the elements that they turn. Pairs that are de-interleaved are
+// first taken apart: the rest is NeoX.
 //
-// Constants of the problem: ELEMENT, TABLE, HEADS, KV_HEADS, HEAD_DIM, ROPE, NEOX, CACHE, QK_NORM, Q_FP8, RETURN_K, as on a
-// GPU.
+// Constants of the problem: ELEMENT, TABLE, HEADS, KV_HEADS, HEAD_DIM, ROPE, NEOX, DEINTERLEAVE, CACHE, QK_NORM, Q_FP8,
+// RETURN_K, as on a GPU.
 // Tunables:
 //   THREADS        threads of the parallel loop, or as many as PyTorch may use if that is fewer
 //   SERIAL_ROWS    up to so many tokens one thread does it all: waking others costs some microseconds
@@ -49,6 +50,7 @@ struct Params {
 };
 
 constexpr int HALF = ROPE / 2;
+constexpr bool IN_HALVES = NEOX || DEINTERLEAVE;  // of the results
 constexpr bool FP8_CACHE = CACHE >= 2;
 
 static inline void widen(const TableElement* from, float* to) {
@@ -57,12 +59,12 @@ static inline void widen(const TableElement* from, float* to) {
     for (; i < HALF; ++i) to[i] = load_one(from + i);
 }
 
-// The factors of x and of its partner, element by element: NeoX has HALF of each, GPT-J ROPE, with the sines' signs.
+// The factors of x and of its partner, element by element: halves have HALF of each, GPT-J ROPE, with the sines' signs.
 struct Angles {
     float cosines[ROPE], sines[ROPE];
 
     explicit Angles(const TableElement* row) {
-        if (NEOX) {
+        if (IN_HALVES) {
             widen(row, cosines);
             widen(row + HALF, sines);
             return;
@@ -107,9 +109,26 @@ struct Normed {
     float one(int i) const { return round_one<E>(round_one<E>(load_one(x + i) * scale) * load_one(weight + i)); }
 };
 
+// A head whose rotated part has all even elements first, then all odd ones.
 template <class Head>
-static inline void rotate(Head x, E* __restrict to, const Angles& angles) {
-    if (NEOX) {
+struct Apart {
+    Head head;
+    float rotated[ROPE];
+
+    explicit Apart(Head given) : head(given) {
+        float pairs[ROPE];
+        int i = 0;
+        for (; i + LANES <= ROPE; i += LANES) Element<fp32>::store(pairs + i, head.lanes(i));
+        for (; i < ROPE; ++i) pairs[i] = head.one(i);
+        for (i = 0; i < HALF; ++i) rotated[i] = pairs[2 * i], rotated[HALF + i] = pairs[2 * i + 1];
+    }
+    Floats lanes(int i) const { return i < ROPE ? floats_at(rotated + i) : head.lanes(i); }
+    float one(int i) const { return i < ROPE ? rotated[i] : head.one(i); }
+};
+
+template <class Head>
+static inline void rotate(const Head& x, E* __restrict to, const Angles& angles) {
+    if (IN_HALVES) {
         int i = 0;
         for (; i + LANES <= HALF; i += LANES) {
             const Floats a = x.lanes(i), b = x.lanes(HALF + i);
@@ -169,11 +188,20 @@ struct Scales {
     }
 };
 
+template <class Head>
+static inline void rotate_in_style(const Head& x, E* to, const Angles& angles) {
+    if (DEINTERLEAVE) {
+        rotate(Apart<Head>(x), to, angles);
+    } else {
+        rotate(x, to, angles);
+    }
+}
+
 static inline void norm_and_rotate(const E* x, const E* weight, float scale, E* to, const Angles& angles) {
     if (QK_NORM) {
-        rotate(Normed{x, weight, scale}, to, angles);
+        rotate_in_style(Normed{x, weight, scale}, to, angles);
     } else {
-        rotate(Given{x}, to, angles);
+        rotate_in_style(Given{x}, to, angles);
     }
 }
 

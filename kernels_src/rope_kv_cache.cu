@@ -2,13 +2,15 @@
 // weights, an RMSNorm of each q and k head comes before the rotation.
 //
 // A token's heads are its q heads, k heads and v heads, in this order. LANES consecutive threads share a head; each has two
-// of its vectors, the ones that NeoX pairs: nothing is loaded twice. A thread has UNROLL heads of one token, and the same
+// of its vectors, the ones that NeoX pairs, or, with DEINTERLEAVE, two neighbours, of whose pairs it makes two vectors half a
+// row apart: nothing is loaded twice. A thread has UNROLL heads of one token, and the same
 // place in each, so that one position, one slot and one part of the rotary table serve them all. All its loads are in flight
 // at once, but for the table's, which need the position (see GUESS). Threads without work load what another one loads.
 //
 // Constants of the problem: ELEMENT (bf16, fp16, fp32), TABLE (element of cos_sin_cache), HEADS, KV_HEADS, HEAD_DIM, ROPE
-// (elements that are rotated; those behind are copied), NEOX, CACHE (0 none, 1 ELEMENT, fp8 e4m3 of value ÷ scale with 2:
-// one scale, 3: one for each head), QK_NORM, Q_FP8 (q is returned as fp8 e4m3 of value ÷ scale), RETURN_K.
+// (elements that are rotated; those behind are copied), NEOX, DEINTERLEAVE (pairs that are neighbours are written half a row
+// apart), CACHE (0 none, 1 ELEMENT, fp8 e4m3 of value ÷ scale with 2: one scale, 3: one for each head), QK_NORM, Q_FP8 (q is
+// returned as fp8 e4m3 of value ÷ scale), RETURN_K.
 // Tunables:
 //   THREADS    per block
 //   UNROLL     heads of a thread: more loads in flight, less to load and work out for each head; fewer threads
@@ -82,6 +84,7 @@ constexpr int LANES = QK_NORM ? PowerOfTwoFrom<PAIRS>::value : PAIRS;
 constexpr int UNITS = GROUPS * LANES;  // threads of a token
 
 static_assert(HEAD_DIM % (2 * SIZE) == 0 && ROPE % (2 * SIZE) == 0, "whole pairs of vectors");
+static_assert(!(NEOX && DEINTERLEAVE), "NeoX has no neighbours to take apart");
 static_assert(!QK_NORM || (LANES <= WARP_SIZE && THREADS % LANES == 0), "a head lies within a warp");
 
 // Where the thread's vectors begin in a head: the rotated part in halves, then what lies behind it in halves.
@@ -91,6 +94,12 @@ struct Places {
         const bool rotated = ROPE == HEAD_DIM || lane < ROTATED;
         x = rotated ? lane * SIZE : ROPE + (lane - ROTATED) * SIZE;
         y = x + (rotated ? HALF : (HEAD_DIM - ROPE) / 2);
+    }
+    // Where they are read, in a head of q or k, or else of v.
+    __device__ __forceinline__ Places source(bool of_q_or_k) const {
+        Places from = *this;
+        if (DEINTERLEAVE && of_q_or_k && x < HALF) from.x = 2 * x, from.y = 2 * x + SIZE;
+        return from;
     }
 };
 
@@ -233,6 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
     int heads[UNROLL];
     bool exists[UNROLL];  // and is not what another thread has as well
     const Element* from[UNROLL];
+    int partner[UNROLL];  // how far from there the second vector is
     char* to[UNROLL];
     const float* scale_from[UNROLL];
 #pragma unroll
@@ -241,7 +251,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
         const bool in_token = ALL_HEADS % UNROLL == 0 || head < ALL_HEADS;
         heads[u] = in_token ? head : ALL_HEADS - 1;
         exists[u] = has_work && in_token;
-        from[u] = source(p, token, heads[u]) + at.x;
+        const Places read = at.source(heads[u] < Q_AND_K);
+        from[u] = source(p, token, heads[u]) + read.x;
+        partner[u] = read.y - read.x;
         to[u] = target(p, token, heads[u]);
         scale_from[u] = scale_of(p, heads[u]);
     }
@@ -252,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
                 prefetch(from[u]);
-                prefetch(from[u] + (at.y - at.x));
+                prefetch(from[u] + partner[u]);
             }
             if (blockIdx.x == 0) prefetch_constants(p);
             if (GUESS) guess = guess_position(p, token);
@@ -261,25 +273,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
         wait_for_previous_kernel();
     }
 
-    Angles<NEOX, TableElement, SIZE, VEC_BYTES> angles;
+    Angles<NEOX || DEINTERLEAVE, TableElement, SIZE, VEC_BYTES> angles;
     if (GUESS && guess >= 0 && lane < ROTATED) angles.load(p.table + guess * p.table_row, HALF, at.x);
     Vec x[UNROLL], y[UNROLL];
     float scales[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
         READ_ONCE ? x[u].load_once(from[u]) : x[u].load(from[u]);
-        READ_ONCE ? y[u].load_once(from[u] + (at.y - at.x)) : y[u].load(from[u] + (at.y - at.x));
+        READ_ONCE ? y[u].load_once(from[u] + partner[u]) : y[u].load(from[u] + partner[u]);
         scales[u] = (heads[u] < HEADS ? Q_FP8 : FP8_CACHE) ? *scale_from[u] : 1.f;
     }
     // Of q and of k, or of the only head.
     constexpr int WEIGHTS = UNROLL > 1 ? 2 : 1;
     Vec weights[WEIGHTS][2];
     auto load_weights = [&] {
+        const Places read = at.source(true);
 #pragma unroll
         for (int w = 0; w < WEIGHTS; ++w) {
             const Element* weight = (UNROLL > 1 ? w == 0 : heads[0] < HEADS) ? p.q_weight : p.k_weight;
-            weights[w][0].load(weight + at.x);
-            weights[w][1].load(weight + at.y);
+            weights[w][0].load(weight + read.x);
+            weights[w][1].load(weight + read.y);
         }
     };
     if (QK_NORM && UNROLL == 1) load_weights();
@@ -332,6 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
                 scale_and_weigh(x_values, weight[0], inverse_rms[u]);
                 scale_and_weigh(y_values, weight[1], inverse_rms[u]);
             }
+            if (DEINTERLEAVE && lane < ROTATED) deinterleave(x_values, y_values);
             if (lane < ROTATED) angles.rotate(x_values, y_values);
             x[u].pack(x_values);
             y[u].pack(y_values);

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The main job, end to end: tunes mla_dual_rms_norm for DeepSeek-V3's widths on this machine, compiles Hugging Face
-transformers' DeepSeek-V3 with it, and shows what was fused, what was left alone and why, how far the results are from
+"""The main job, end to end: looks for what can be fused in Hugging Face transformers' DeepSeek-V3, tunes that on this
+machine, compiles the model with it, and shows what was fused, what was left alone and why, how far the results are from
 eager ones, and what it took before and after.
 
     python scripts/quickstart.py
 
-The model has random weights and few, small layers, but DeepSeek-V3's own q_lora_rank and kv_lora_rank, so that what was
-tuned applies. What is tuned or compiled already is not tuned or compiled again.
+The model has random weights and few, small layers, but DeepSeek-V3's own latent widths and shapes of heads. What is
+tuned or compiled already is not tuned or compiled again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+import autofuse
 from autofuse.cli.app import run
 from autofuse.cli.output import print_table
 from autofuse.graph.report import GraphReport
@@ -28,11 +29,11 @@ from autofuse.graph.report_store import last_reports
 from autofuse.targets import parse_device, target_of
 
 TOKENS = {"decode": 1, "prefill": 1024}
-TUNED_TOKENS = "1,64,1024"
 LAYERS = 3
 VOCABULARY = 1024
 MOST_ROUNDS = 200
 ROUNDS_S = 8.0  # of measuring each call
+OURS: dict[str, Any] = {"backend": "autofuse", "dynamic": False}  # of torch.compile
 
 Call = Callable[[], torch.Tensor]
 
@@ -49,36 +50,31 @@ def main() -> None:
     begin = time.perf_counter()
     device = parse_device("auto")
     target = target_of(device)
-    heading(f"1. Tune for {target}")
-    command = [
-        "tune",
-        "--op",
-        "mla_dual_rms_norm",
-        "--model",
-        "deepseek-v3",
-        "--tokens",
-        TUNED_TOKENS,
-        "--effort",
-        "quick",
-        "--device",
-        str(device),
-    ]
+    model = deepseek_v3(device)
+    ids = {name: torch.arange(tokens, device=device).reshape(1, -1) % VOCABULARY for name, tokens in TOKENS.items()}
+    heading(f"1. autofuse.explain(model, ...): DeepSeek-V3, {LAYERS} small layers, bf16")
+    for name, tokens in TOKENS.items():
+        with torch.no_grad():
+            found = autofuse.explain(torch.compile(model, **OURS), input_ids=ids[name], use_cache=False)
+        print(f"{name}, T={tokens}: {found.sites} sites, {found.fused} of them tuned and faster fused", flush=True)
+
+    heading(f"2. Tune what was found and is not tuned, for {target}")
+    command = ["tune", "--captured", "--effort", "quick", "--device", str(device)]
     print(f"$ autofuse {' '.join(command)}", flush=True)
     if code := run(command):
         sys.exit(code)
 
-    heading(f'2. torch.compile(model, backend="autofuse"): DeepSeek-V3, {LAYERS} small layers, bf16')
-    model = deepseek_v3(device)
+    heading('3. torch.compile(model, backend="autofuse")')
     outcomes = {}
     for name, tokens in TOKENS.items():
-        ids = torch.arange(tokens, device=device).reshape(1, tokens) % VOCABULARY
-        known = {report.key for report in last_reports()}
-        calls = backends(model, ids)
+        before = last_reports()
+        calls = backends(model, ids[name])
         differences = compare(calls)
-        show_sites(f"{name}, T={tokens}", [report for report in last_reports() if report.key not in known])
+        reports = [report for report in last_reports() if not any(report is other for other in before)]
+        show_sites(f"{name}, T={tokens}", reports)
         outcomes[name] = Outcome(interleaved_medians(calls, device), differences)
 
-    heading("3. Before and after")
+    heading("4. Before and after")
     show_outcomes(outcomes, device)
     print(f"All of this took {time.perf_counter() - begin:.0f} s.")
 
@@ -112,8 +108,7 @@ def backends(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Call]:
         return logits
 
     plain = torch.compile(model, dynamic=False)
-    ours = torch.compile(model, backend="autofuse", dynamic=False)
-    return {"eager": call(model), "torch.compile": call(plain), "autofuse": call(ours)}
+    return {"eager": call(model), "torch.compile": call(plain), "autofuse": call(torch.compile(model, **OURS))}
 
 
 def compare(calls: dict[str, Call]) -> dict[str, float]:

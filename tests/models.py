@@ -131,6 +131,17 @@ def static_cache(model: nn.Module, prompt: torch.Tensor | None = None) -> Any:
     return cache
 
 
+def dynamic_cache(model: nn.Module, prompt: torch.Tensor | None = None) -> Any:
+    """A DynamicCache for ``model``, which grows by ``cat``, filled with ``prompt`` if there is one."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    if prompt is not None:
+        with torch.no_grad():
+            model(prompt, past_key_values=cache, use_cache=True)
+    return cache
+
+
 def _interpret(gm: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
     """In place of Inductor's code generation: its post-grad passes, custom ones included, then plain FX."""
     from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape

@@ -102,6 +102,19 @@ def assigned_gptj(x, table, positions):
     return out
 
 
+def hugging_face_interleaved(x, table, positions):
+    """``apply_rotary_pos_emb_interleave``, as DeepSeek-V3 and Kimi-K2 call it: neighbours in, halves out."""
+    cos, sin = _halves(table, positions, x.dtype)
+    return torch.cat(_turned(x[..., 0::2], x[..., 1::2], cos, sin), dim=-1)
+
+
+def taken_apart_first(x, table, positions):
+    """The same as earlier versions of transformers had it: ``rotate_half`` of what was de-interleaved."""
+    apart = x.view(*x.shape[:-1], -1, 2).transpose(-1, -2).reshape(x.shape)
+    return hugging_face(apart, table, positions)
+
+
+DEINTERLEAVED = [hugging_face_interleaved, taken_apart_first]
 GPTJ = [vllm_gptj, hugging_face_gptj, unbound, complex_numbers, assigned_gptj]
 
 

@@ -204,6 +204,35 @@ MUTATIONS += [
 ]
 
 
+# Pairs that come out as halves, two vectors of them for a thread.
+ROPE_APART = Subject(
+    Problem.parse(
+        "mla_rope_kv_cache_cat(dtype=bf16,heads=3,nope_dim=24,rope_dim=32,latent_dim=40,neox=0,table=fp32,cache=fp8_apart,"
+        "query=fp8,deinterleave=1)"
+    ),
+    ROPE.config,
+    tokens=23,
+)
+MUTATIONS += [
+    Mutation(*texts, file, subject=ROPE_APART)
+    for file, *texts in (
+        ("rope.cuh", "pairs are taken apart in one vector", "2 * e + 1 < N ? x[2 * e + 1]", "e < N ? x[e]", WRONG),
+        ("rope.cuh", "odd elements are even ones", "y[e] = odd[e]", "y[e] = x[e]", WRONG),
+        ("mla_rope_kv_cache_cat.cu", "pairs stay together", "if constexpr (DEINTERLEAVE) dei", "if (false) dei", WRONG),
+        ("mla_rope_kv_cache_cat.cu", "what is read is half a row apart", "DEINTERLEAVE ? SIZE : HALF", "HALF", OFF),
+        ("mla_rope_kv_cache_cat.cu", "vectors are read in their place", "DEINTERLEAVE ? 2 * at : at", "at", WRONG),
+        ("mla_rope_kv_cache_cat.cu", "angles are pairs of vectors'", "(OF_TWO ? at : at / 2)", "at / 2", WRONG),
+        (
+            "mla_rope_kv_cache_cat.cu",
+            "halves of k_pe are cached as neighbours",
+            "unit.at + HALF, rows[u]",
+            "unit.at + SIZE, rows[u]",
+            OFF,
+        ),
+    )
+]
+
+
 # ---- fp8_group_quant, mla_dual_rms_norm_quant -----------------------------------------------------------------------
 
 # 7 tokens of 3 groups end inside a block; columns of scales have a gap between them.
@@ -302,6 +331,15 @@ GQA_FP8 = Subject(
     {**GQA.config, "UNROLL": 2, "VEC_BYTES": 8},
     tokens=23,
 )
+# Part of a head is taken apart, behind a norm whose weights must be as well.
+GQA_APART = Subject(
+    Problem.parse(
+        "rope_kv_cache(dtype=bf16,heads=4,kv_heads=2,head_dim=80,rope_dim=64,neox=0,table=fp32,cache=auto,"
+        "qk_norm=1,q_fp8=0,return_k=1,deinterleave=1)"
+    ),
+    {**GQA.config, "VEC_BYTES": 8},
+    tokens=23,
+)
 SLOT_OF = "CACHE && token < u32(p.slot_count) ? p.slots[token] : -1"
 A_ROW = "position < 0 ? 0 : position < p.table_rows ? position : p.table_rows - 1"
 ROUNDED = "round_to<Element>(values);\n"
@@ -359,6 +397,23 @@ MUTATIONS += [
             "cosines[1].load(row)",
             WRONG,
         ),
+    )
+]
+
+
+MUTATIONS += [
+    Mutation(*texts, "rope_kv_cache.cu", subject=GQA_APART)
+    for texts in (
+        ("v is taken apart", "read = at.source(heads[u] < Q_AND_K)", "read = at.source(true)", WRONG),
+        ("the norm's weights are in halves", "read = at.source(true)", "read = at", WRONG),
+        ("what is not rotated is taken apart", "of_q_or_k && x < HALF", "of_q_or_k", OFF),
+        (
+            "rows behind the rotated part are shuffled",
+            "if (DEINTERLEAVE && lane < ROTATED)",
+            "if (DEINTERLEAVE)",
+            WRONG,
+        ),
+        ("the second vector is half a row away", "from.y = 2 * x + SIZE", "from.y = 2 * x + HALF", OFF),
     )
 ]
 

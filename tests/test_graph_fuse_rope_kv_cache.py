@@ -7,7 +7,15 @@ import re
 import pytest
 import torch
 from models import isolate, post_grad_graph, without_code_generation
-from rope_dialects import GPTJ, NEOX, first_columns, vllm_gptj, vllm_neox
+from rope_dialects import (
+    DEINTERLEAVED,
+    GPTJ,
+    NEOX,
+    first_columns,
+    hugging_face_interleaved,
+    vllm_gptj,
+    vllm_neox,
+)
 from rope_layers import (
     BLOCK,
     HIDDEN,
@@ -76,15 +84,16 @@ def assert_fused(model, args, cache, dynamic=False, tolerance=2e-2, fused=1):
 # ---- every dialect --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dialect", [*NEOX, *GPTJ], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dialect", [*NEOX, *GPTJ, *DEINTERLEAVED], ids=lambda f: f.__name__)
 def test_rotations_in_every_dialect_with_a_cache(dialect):
     site = assert_fused(Gqa(dialect, flat), hidden(), paged(T))
     assert f"neox={int(dialect in NEOX)}" in site.problem
+    assert site.problem.endswith(",deinterleave=1)") == (dialect in DEINTERLEAVED)
     assert "cache=auto" in site.problem
     assert "return_k=0" in site.problem
 
 
-@pytest.mark.parametrize("dialect", [*NEOX, *GPTJ], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dialect", [*NEOX, *GPTJ, *DEINTERLEAVED], ids=lambda f: f.__name__)
 def test_rotations_alone(dialect):
     site = assert_fused(Gqa(dialect), hidden(), [])
     assert "cache=none" in site.problem
@@ -104,10 +113,31 @@ def test_vllms_operators(version, kv):
         assert_fused(GqaOperators(kv=kv), hidden(), paged(T, heads=kv))
 
 
-@pytest.mark.parametrize("dialect", [vllm_neox, vllm_gptj], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dialect", [vllm_neox, vllm_gptj, hugging_face_interleaved], ids=lambda f: f.__name__)
 def test_partial_rotary(dialect):
     site = assert_fused(Gqa(first_columns(dialect), flat, rope=8), hidden(), paged(T))
     assert "rope_dim=8" in site.problem
+
+
+def test_halves_that_come_out_as_neighbours_are_left_alone():
+    def interleaved(x, table, positions):
+        cos, sin = (part.unsqueeze(-2) for part in table.index_select(0, positions).chunk(2, dim=-1))
+        a, b = x.chunk(2, dim=-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+    assert "pairs halves of its input but neighbours of its result" in refusal(
+        Gqa(interleaved, flat), *hidden(), *paged(T)
+    )
+
+
+def test_a_query_and_a_key_in_different_orders_are_left_alone():
+    class Mixed(Gqa):
+        def forward(self, x, positions):
+            q, k, _ = (x @ self.qkv).split([H * D, self.kv * D, self.kv * D], dim=-1)
+            q = hugging_face_interleaved(q.view(-1, H, D), self.table, positions)
+            return q * 2, vllm_gptj(k.view(-1, self.kv, D), self.table, positions) * 2
+
+    assert "different styles: neighbours to halves and neighbours" in refusal(Mixed(), *hidden())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from models import isolate, post_grad_graph, without_code_generation
-from rope_dialects import hugging_face, vllm_gptj, vllm_neox
+from rope_dialects import hugging_face, hugging_face_interleaved, vllm_gptj, vllm_neox
 from rope_layers import (
     HIDDEN,
     LATENT,
@@ -38,6 +38,8 @@ ROTATIONS = {
     "cat": rotate_by_cat(vllm_gptj),
     "in place": rotate_in_place(vllm_gptj),
     "NeoX": rotate_by_cat(hugging_face),
+    "halves out": rotate_by_cat(hugging_face_interleaved),
+    "halves out in place": rotate_in_place(hugging_face_interleaved),
 }
 
 
@@ -89,6 +91,7 @@ def test_a_layer_in_every_form(rotate, write, absorbed):
     assert f"nope_dim={LATENT if absorbed else NOPE}," in site.problem
     assert f"rope_dim={ROPE},latent_dim={LATENT},neox={int(rotate == 'NeoX')}" in site.problem
     assert "cache=auto" in site.problem
+    assert ("deinterleave=1" in site.problem) == ("halves out" in rotate)
 
 
 @pytest.mark.usefixtures("_version")

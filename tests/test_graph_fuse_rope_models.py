@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from models import VOCABULARY, decoder, deepseek, isolate, static_cache, without_code_generation
+from models import VOCABULARY, decoder, deepseek, dynamic_cache, isolate, static_cache, without_code_generation
 
 from autofuse.graph.report_store import last_reports
 
@@ -30,6 +30,17 @@ def static_prefill(model, callable_):
 
 def static_decode(model, callable_):
     cache = static_cache(model, prompt(5))
+    return [callable_(prompt(1, s), past_key_values=cache, use_cache=True).logits for s in range(STEPS)], cache
+
+
+def dynamic_prefill(model, callable_):
+    cache = dynamic_cache(model)
+    return [callable_(prompt(), past_key_values=cache, use_cache=True).logits], cache
+
+
+def dynamic_decode(model, callable_):
+    """Each step sees a cache that is one token longer."""
+    cache = dynamic_cache(model, prompt(5))
     return [callable_(prompt(1, s), past_key_values=cache, use_cache=True).logits for s in range(STEPS)], cache
 
 
@@ -75,33 +86,39 @@ def test_all_layers_of_decoders(kind, step, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("step", [static_prefill, static_decode], ids=lambda f: f.__name__)
-def test_all_layers_of_deepseek_v2(step, dynamic):
-    model = deepseek(2, LAYERS)
+@pytest.mark.parametrize("step", [static_prefill, static_decode, dynamic_decode], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("version", [2, 3])
+def test_all_layers_of_deepseek(version, step, dynamic):
+    """V3's code is Kimi-K2's as well: its neighbours come out as halves. A cache that grows is put together by ``cat``
+    and not written: the rotations are fused all the same.
+    """
+    model = deepseek(version, LAYERS)
     expected = run(model, step, model)
     with without_code_generation():
         results = run(model, step, torch.compile(model, backend="autofuse", dynamic=dynamic, options=FUSE))
-    assert_all_fused(last_reports()[-1], "mla_rope_kv_cache_cat", "auto_apart")
+    report = last_reports()[-1]
+    assert_all_fused(report, "mla_rope_kv_cache_cat", "none" if step is dynamic_decode else "auto_apart")
+    sites = [site for site in report.sites if site.op == "mla_rope_kv_cache_cat"]
+    assert all(("deinterleave=1" in site.problem) == (version == 3) for site in sites)
     assert_close(results, expected)
 
 
-def test_deepseek_v3_pairs_its_result_otherwise_and_is_left_alone():
-    model = deepseek(3, LAYERS)
-    expected = run(model, static_decode, model)
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_empty_cache_that_grows(version):
+    model = deepseek(version, LAYERS)
+    expected = run(model, dynamic_prefill, model)
     with without_code_generation():
-        results = run(model, static_decode, torch.compile(model, backend="autofuse", options=FUSE))
-    sites = [site for site in last_reports()[-1].sites if site.op == "mla_rope_kv_cache_cat"]
-    assert len(sites) == LAYERS
-    assert all("pairs neighbours of its input but halves of its result" in site.reason for site in sites)
+        results = run(model, dynamic_prefill, torch.compile(model, backend="autofuse", options=FUSE))
+    assert_all_fused(last_reports()[-1], "mla_rope_kv_cache_cat", "none")
     assert_close(results, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v2", "deepseek_v3"])
 def test_generated_code_writes_into_the_cache_and_shares_the_angles(kind):
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
-    model = decoder("llama", LAYERS) if kind == "llama" else deepseek(2, LAYERS)
+    model = decoder("llama", LAYERS) if kind == "llama" else deepseek(int(kind[-1]), LAYERS)
     op = "rope_kv_cache" if kind == "llama" else "mla_rope_kv_cache_cat"
     expected = run(model, static_decode, model)
     compiled = torch.compile(model, backend="autofuse", options=FUSE)

@@ -15,16 +15,30 @@ from autofuse.runtime import dispatch
 from autofuse.runtime.dispatch import OpRegistry, registry
 
 ROPE = get_op("mla_rope_kv_cache_cat")
-Q_NOPE, Q_PE, KV_C, K_PE, POSITIONS, TABLE, SLOTS, CACHE, K_PE_CACHE, KV_SCALE, Q_SCALE, IS_NEOX = range(12)
+Q_NOPE, Q_PE, KV_C, K_PE, POSITIONS, TABLE, SLOTS, CACHE, K_PE_CACHE, KV_SCALE, Q_SCALE = range(11)
+IS_NEOX, DEINTERLEAVE = 11, 12
 CPU = torch.device("cpu")
 
 
+STYLES: dict[str, dict[str, bool]] = {
+    "GPT-J": {"neox": False},
+    "NeoX": {"neox": True},
+    "halves out": {"neox": False, "deinterleave": True},
+}
+
+
 def problem(
-    cache: str = "auto", *, neox: bool = False, nope: int = 24, dtype: str = "bf16", query: str = "auto", heads: int = 3
+    cache: str = "auto",
+    *,
+    style: str = "GPT-J",
+    nope: int = 24,
+    dtype: str = "bf16",
+    query: str = "auto",
+    heads: int = 3,
 ) -> Problem:
     latent, rope = (512, 64) if cache == "fp8_ds_mla" else (40, 16)
     widths = {"heads": heads, "nope_dim": nope, "rope_dim": rope, "latent_dim": latent}
-    return ROPE.make_problem(dtype=dtype, neox=neox, table="fp32", cache=cache, query=query, **widths)
+    return ROPE.make_problem(dtype=dtype, table="fp32", cache=cache, query=query, **STYLES[style], **widths)
 
 
 def args_of(which: Problem, tokens: int, device: torch.device) -> list[Any]:
@@ -80,12 +94,12 @@ def longer(tensor: torch.Tensor, rows: int) -> torch.Tensor:
         ("fp8_apart", "fp8"),
     ],
 )
-@pytest.mark.parametrize("neox", [False, True], ids=["GPT-J", "NeoX"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("tokens", [1, 5, 130])
 def test_queries_and_caches_are_those_of_the_reference(
-    rope: Any, tokens: int, neox: bool, cache: str, query: str, device: torch.device
+    rope: Any, tokens: int, style: str, cache: str, query: str, device: torch.device
 ) -> None:
-    which = problem(cache, neox=neox, query=query)
+    which = problem(cache, style=style, query=query)
     args = args_of(which, tokens, device)
     assert launched(which, args)
     results = assert_right(which, args, rope)
@@ -97,6 +111,32 @@ def test_queries_and_caches_are_those_of_the_reference(
 def test_there_may_be_one_head_or_many(rope: Any, heads: int, device: torch.device) -> None:
     which = problem(heads=heads)
     assert_right(which, args_of(which, 3, device), rope)
+
+
+# Styles
+
+
+def test_neighbours_come_out_as_halves_of_what_gptj_gives(rope: Any, device: torch.device) -> None:
+    """Also in the cache."""
+    args = args_of(problem(), 5, device)
+    caches = [args[CACHE].clone() for _ in range(2)]
+    found = []
+    for deinterleave, cache in zip((False, True), caches, strict=True):
+        args[CACHE], args[DEINTERLEAVE] = cache, deinterleave
+        q, k_pe = rope(*args)
+        found.append((q[..., 24:], k_pe, cache.view(-1, 56)[args[SLOTS], 40:]))
+    for pairs, halves in zip(*found, strict=True):
+        assert torch.equal(torch.cat([pairs[..., ::2], pairs[..., 1::2]], dim=-1), halves)
+
+
+def test_the_style_may_be_left_out_of_a_call_and_of_a_problem(device: torch.device) -> None:
+    """As calls and problems were before there was a choice."""
+    args = args_of(problem(), 5, device)
+    op = torch.ops.autofuse.mla_rope_kv_cache_cat
+    for result, right in zip(op(*args[:DEINTERLEAVE], plan=""), op(*args), strict=True):
+        assert torch.equal(result, right)
+    assert "deinterleave" not in str(problem())
+    assert str(problem(style="halves out")).endswith(",cache=auto,deinterleave=1)")
 
 
 # Padding
@@ -286,6 +326,7 @@ def test_fp8_values_beyond_the_largest_are_the_largest(
             r"kv_scale must be one fp32 value, not torch.float32, \[3\]",
         ),
         ({Q_SCALE: torch.ones(1).bfloat16()}, "q_scale must be one fp32 value"),
+        ({IS_NEOX: True, DEINTERLEAVE: True}, "with is_neox there are no neighbours to deinterleave"),
         ({CACHE: torch.zeros(2, 64, 656, dtype=torch.uint8)}, "whose rows hold a latent of 512"),
         ({K_PE_CACHE: torch.zeros(2, 64, 16).bfloat16()}, r"is not \[blocks, block_size, 40\]"),
         (
@@ -298,7 +339,7 @@ def test_fp8_values_beyond_the_largest_are_the_largest(
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_one_clear_line(changes: dict[int, torch.Tensor], said: str) -> None:
+def test_arguments_that_do_not_fit_are_one_clear_line(changes: dict[int, Any], said: str) -> None:
     args = args_of(problem(), 4, CPU)
     for index, value in changes.items():
         args[index] = value

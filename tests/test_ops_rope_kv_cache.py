@@ -17,7 +17,12 @@ from autofuse.runtime.dispatch import OpRegistry, registry
 
 ROPE = get_op("rope_kv_cache")
 Q, K, V, POSITIONS, TABLE, SLOTS, K_CACHE, V_CACHE, K_SCALE, V_SCALE, Q_SCALE, Q_WEIGHT, K_WEIGHT, EPS = range(14)
-IS_NEOX, RETURN_K = 14, 15
+IS_NEOX, RETURN_K, DEINTERLEAVE = 14, 15, 16
+STYLES: dict[str, dict[str, bool]] = {
+    "GPT-J": {"neox": False},
+    "NeoX": {"neox": True},
+    "halves out": {"neox": False, "deinterleave": True},
+}
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn
 
@@ -67,12 +72,12 @@ def assert_right(which: Problem, args: list[Any], call: Any) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("cache", ["none", "auto", "fp8", "fp8_per_head"])
-@pytest.mark.parametrize("neox", [False, True], ids=["GPT-J", "NeoX"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("tokens", [1, 5, 130])
 def test_results_and_caches_are_those_of_the_reference(
-    rope: Any, tokens: int, neox: bool, cache: str, device: torch.device
+    rope: Any, tokens: int, style: str, cache: str, device: torch.device
 ) -> None:
-    which = problem(cache, neox=neox)
+    which = problem(cache, **STYLES[style])
     args = args_of(which, tokens, device)
     assert launched(which, args)
     results = assert_right(which, args, rope)
@@ -82,31 +87,53 @@ def test_results_and_caches_are_those_of_the_reference(
 
 @pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
-def test_heads_have_any_of_the_usual_sizes(rope: Any, norm: bool, width: int, device: torch.device) -> None:
-    which = problem(head_dim=width, rope_dim=width, qk_norm=norm)
+@pytest.mark.parametrize("style", ["NeoX", "halves out"])
+def test_heads_have_any_of_the_usual_sizes(rope: Any, style: str, norm: bool, width: int, device: torch.device) -> None:
+    which = problem(head_dim=width, rope_dim=width, qk_norm=norm, **STYLES[style])
     assert_right(which, args_of(which, 9, device), rope)
 
 
 # What rotation and norm mean, written down once more
 
 
-@pytest.mark.parametrize("neox", [False, True], ids=["GPT-J", "NeoX"])
-def test_pairs_are_multiplied_as_complex_numbers(rope: Any, neox: bool, device: torch.device) -> None:
-    args = args_of(problem("none", neox=neox, dtype="fp32"), 5, device)
+@pytest.mark.parametrize("style", STYLES)
+def test_pairs_are_multiplied_as_complex_numbers(rope: Any, style: str, device: torch.device) -> None:
+    neox = style == "NeoX"
+    args = args_of(problem("none", dtype="fp32", **STYLES[style]), 5, device)
     turns = torch.complex(*args[TABLE][args[POSITIONS]].chunk(2, dim=-1))[:, None]
     for result, x in zip(rope(*args), args[:2], strict=True):
         pairs = x.unflatten(-1, (2, 16)).transpose(-1, -2) if neox else x.unflatten(-1, (16, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
-        right = (turned.transpose(-1, -2) if neox else turned).flatten(-2)
+        right = (turned if style == "GPT-J" else turned.transpose(-1, -2)).flatten(-2)
         torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("neox", [False, True], ids=["GPT-J", "NeoX"])
-def test_what_lies_behind_the_rotated_part_is_copied(rope: Any, neox: bool, device: torch.device) -> None:
-    args = args_of(problem(rope_dim=16, neox=neox), 5, device)
-    q, k = assert_right(problem(rope_dim=16, neox=neox), args, rope)
+@pytest.mark.parametrize("style", STYLES)
+def test_what_lies_behind_the_rotated_part_is_copied(rope: Any, style: str, device: torch.device) -> None:
+    args = args_of(problem(rope_dim=16, **STYLES[style]), 5, device)
+    q, k = assert_right(problem(rope_dim=16, **STYLES[style]), args, rope)
     assert torch.equal(q[..., 16:], args[Q][..., 16:])
     assert torch.equal(k[..., 16:], args[K][..., 16:])
+
+
+def test_the_style_may_be_left_out_of_a_call_and_of_a_problem(device: torch.device) -> None:
+    """As calls and problems were before there was a choice."""
+    which = problem("none", neox=False)
+    args = args_of(which, 5, device)
+    op = torch.ops.autofuse.rope_kv_cache
+    for result, right in zip(op(*args[:DEINTERLEAVE], plan=""), op(*args), strict=True):
+        assert torch.equal(result, right)
+    assert "deinterleave" not in str(which)
+    assert str(problem("none", **STYLES["halves out"])).endswith(",return_k=1,deinterleave=1)")
+
+
+def test_halves_are_not_deinterleaved(device: torch.device) -> None:
+    args = args_of(problem(), 5, device)
+    args[DEINTERLEAVE] = True
+    with pytest.raises(BadInput, match="with is_neox there are no neighbours to deinterleave"):
+        dispatch._PythonDispatcher(ROPE, OpRegistry())(args, "")
+    with pytest.raises(UnsupportedCall, match="halves, as NeoX pairs them, are not de-interleaved"):
+        problem(neox=True, deinterleave=True)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

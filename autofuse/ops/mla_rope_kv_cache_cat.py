@@ -15,7 +15,7 @@ from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_na
 from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, rotate, scaled_to_fp8
+from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, in_halves, rotate, scaled_to_fp8
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
@@ -68,7 +68,7 @@ def _fp8_query(problem: Problem) -> bool:
 def _units(problem: Problem, size: int) -> int:
     """A token's units of ``size`` elements: see the kernel."""
     heads, latents = problem.int("heads"), problem.int("latent_dim") if _kind(problem).code else 0
-    rotated = (heads + 1) * problem.int("rope_dim") // (2 if problem.int("neox") else 1)
+    rotated = (heads + 1) * problem.int("rope_dim") // (2 if in_halves(problem) else 1)
     return (heads * problem.int("nope_dim") + latents + rotated) // size
 
 
@@ -79,9 +79,9 @@ def _size(config: Mapping[str, int], problem: Problem) -> int:
 
 def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
     size = _size(config, problem)
-    rotated = problem.int("rope_dim") // (2 if problem.int("neox") else 1)
+    rotated = problem.int("rope_dim") // (2 if in_halves(problem) else 1)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if problem.int("neox") else size // 2
+    angles = size if in_halves(problem) else size // 2
     return (
         size >= 2
         and angles * DTYPES[str(problem["table"])].itemsize >= 4
@@ -98,7 +98,7 @@ def _whole_groups(config: Config, problem: Problem, tokens: int) -> bool:
 def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
     vector = config["VEC_BYTES"] // 4
     angles = vector * DTYPES[str(problem["table"])].itemsize // _bytes(problem)
-    unit = 2 * vector + 2 * angles if problem.int("neox") else vector + angles
+    unit = 2 * vector + 2 * angles if in_halves(problem) else vector + angles
     return config["UNROLL"] * unit <= _LOAD_REGISTERS
 
 
@@ -123,7 +123,9 @@ _GPU_SPACE = SearchSpace(
         ),
     ),
     (
-        Constraint("widths, halves that NeoX pairs, and what is read of the table must be whole vectors", _whole_units),
+        Constraint(
+            "widths, halves of what is rotated, and what is read of the table must be whole vectors", _whole_units
+        ),
         Constraint("the groups of fp8_ds_mla lie within a warp, and begin with a chunk", _whole_groups),
         Constraint(
             "32 bytes are two loads either way: they save stores where the query is fp8",
@@ -224,6 +226,10 @@ class MlaRopeKvCacheCat(FusedOp):
         kv_scale: one fp32 value on the same device; for a float8_e4m3fn cache only.
         q_scale: one fp32 value on the same device: the query is returned as float8_e4m3fn, the rounded value ÷ q_scale.
         is_neox: True pairs element i with i + rope_dim/2 (NeoX), False even with odd neighbours (GPT-J).
+        deinterleave: with is_neox False, neighbours are paired but come out as halves: all even elements, then all odd
+            ones, as NeoX has them. Both the results and what is cached. Hugging Face transformers' DeepSeek-V3 and
+            Kimi-K2 do so (``apply_rotary_pos_emb_interleave`` in models/deepseek_v3/modeling_deepseek_v3.py): a query
+            and a key in the same order have the same product.
 
     Returns: the query [T, H, nope_dim + rope_dim], and rotated k_pe [T, rope_dim], both contiguous.
     """
@@ -232,7 +238,7 @@ class MlaRopeKvCacheCat(FusedOp):
     schema = (
         "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
         "Tensor? slot_mapping, Tensor(a!)? kv_cache, Tensor(b!)? k_pe_cache, Tensor? kv_scale, Tensor? q_scale, "
-        'bool is_neox, str plan="") -> (Tensor, Tensor)'
+        'bool is_neox, bool deinterleave=False, str plan="") -> (Tensor, Tensor)'
     )
     mutates = (7, 8)
     shared = (4, 5, 6)
@@ -245,29 +251,29 @@ class MlaRopeKvCacheCat(FusedOp):
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
-        q, kv_c, k_pe = _rotated(is_neox, *inputs)
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave = args
+        q, kv_c, k_pe = _rotated(is_neox, deinterleave, *inputs)
         if _writes(slots, cache):
             tokens, kept = _kept(slots, cache, len(k_pe))
             _write(cache, k_pe_cache, kept, kv_c[tokens], k_pe[tokens], kv_scale)
         return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def unfused(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
-        q, kv_c, k_pe = _rotated(is_neox, *inputs)
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave = args
+        q, kv_c, k_pe = _rotated(is_neox, deinterleave, *inputs)
         if _writes(slots, cache):
             _write(cache, k_pe_cache, slots, kv_c, k_pe, kv_scale)
         return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *style = args
         tokens, dtype = len(positions), q_pe.dtype
         cos, sin = table.double()[positions].chunk(2, dim=-1)
-        q = rotate(q_pe[:tokens].double(), cos[:, None], sin[:, None], is_neox)
+        q = rotate(q_pe[:tokens].double(), cos[:, None], sin[:, None], *style)
         q = q if q_nope is None else torch.cat([q_nope[:tokens].double(), q], dim=-1)
         if q_scale is not None:
             q = _quotient(q.to(dtype), q_scale)
-        k_pe = rotate(k_pe[:tokens].double(), cos, sin, is_neox)
+        k_pe = rotate(k_pe[:tokens].double(), cos, sin, *style)
         if cache is None:
             return q, k_pe
         caches = [cache, *([] if k_pe_cache is None else [k_pe_cache])]
@@ -287,7 +293,7 @@ class MlaRopeKvCacheCat(FusedOp):
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         with suppress(UnsupportedCall):  # which the reference computes
             self.problem_of(*args)
-        q_nope, q_pe, _, k_pe, positions, *_, q_scale, _ = args
+        q_nope, q_pe, _, k_pe, positions, *_, q_scale, _, _ = args
         tokens, heads, rope_dim = positions.shape[0], q_pe.shape[1], q_pe.shape[2]
         width = rope_dim + (0 if q_nope is None else q_nope.shape[2])
         dtype = q_pe.dtype if q_scale is None else torch.float8_e4m3fn
@@ -313,7 +319,8 @@ class MlaRopeKvCacheCat(FusedOp):
     def make_problem(self, **params: Any) -> Problem:
         """The problem with ``dtype``, ``heads``, ``nope_dim`` (0: no q_nope), ``rope_dim``, ``latent_dim``, ``neox``,
         ``table`` (dtype of cos_sin_cache), ``cache`` (``none``, ``auto``, ``fp8``, ``fp8_ds_mla``, and, with a cache of
-        its own for k_pe, ``auto_apart``, ``fp8_apart``) and ``query`` (``auto``, ``fp8``; left out: ``auto``).
+        its own for k_pe, ``auto_apart``, ``fp8_apart``), ``query`` (``auto``, ``fp8``; left out: ``auto``) and
+        ``deinterleave`` (left out: no).
         """
         names = {
             name: params[name] if isinstance(params[name], str) else dtype_name(params[name])
@@ -338,8 +345,11 @@ class MlaRopeKvCacheCat(FusedOp):
                 ("table", names["table"]),
                 ("cache", params["cache"]),
                 *((("query", query),) if query != "auto" else ()),
+                *((("deinterleave", 1),) if params.get("deinterleave") else ()),
             ),
         )
+        if problem["neox"] and deinterleaves(problem):
+            raise UnsupportedCall(f"{problem}: halves, as NeoX pairs them, are not de-interleaved")
         if min(widths["heads"], widths["rope_dim"], widths["latent_dim"]) < 1 or widths["rope_dim"] % 2:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim even")
         if problem["cache"] == "fp8_ds_mla" and (
@@ -366,7 +376,8 @@ class MlaRopeKvCacheCat(FusedOp):
         ]
 
     def problem_of(self, *args: Any) -> Problem:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox = args
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *style = args
+        is_neox, deinterleave = style
         if q_pe.dim() != 3 or kv_c.dim() != 2 or k_pe.dim() != 2 or positions.dim() != 1 or table.dim() != 2:
             raise BadInput(
                 f"{self.name}: q_pe {list(q_pe.shape)}, kv_c {list(kv_c.shape)}, k_pe {list(k_pe.shape)}, positions "
@@ -391,6 +402,8 @@ class MlaRopeKvCacheCat(FusedOp):
             raise BadInput(f"{self.name}: positions must be int64, not {positions.dtype}")
         if slots is not None and (slots.dtype != torch.int64 or slots.dim() != 1):
             raise BadInput(f"{self.name}: slot_mapping must be int64, [T], not {slots.dtype}, {list(slots.shape)}")
+        if is_neox and deinterleave:
+            raise BadInput(f"{self.name}: with is_neox there are no neighbours to deinterleave")
         if len({tensor.device for tensor in args if isinstance(tensor, torch.Tensor)}) > 1:
             raise BadInput(f"{self.name}: its tensors are on different devices")
         for name, scale in (("kv_scale", kv_scale), ("q_scale", q_scale)):
@@ -416,6 +429,7 @@ class MlaRopeKvCacheCat(FusedOp):
             table=table.dtype,
             cache=kind,
             query="auto" if q_scale is None else "fp8",
+            deinterleave=deinterleave,
         )
 
     def _cache_kind(
@@ -487,6 +501,7 @@ class MlaRopeKvCacheCat(FusedOp):
             torch.full((1,), 0.37, device=device) if scaled else None,
             torch.full((1,), 0.29, device=device) if fp8 else None,
             bool(problem["neox"]),
+            deinterleaves(problem),
         )
 
     def check_args(
@@ -539,6 +554,7 @@ class MlaRopeKvCacheCat(FusedOp):
             scales[0] if _kind(problem).code == 2 else None,
             scales[1] if _fp8_query(problem) else None,
             bool(problem["neox"]),
+            deinterleaves(problem),
         )
 
     def sweep_problems(self) -> Sequence[Problem]:
@@ -548,20 +564,25 @@ class MlaRopeKvCacheCat(FusedOp):
         odd = {"heads": 3, "nope_dim": 96, "rope_dim": 32, "latent_dim": 64}
         small = {"heads": 1, "nope_dim": 24, "rope_dim": 8, "latent_dim": 40}
         narrow = {"heads": 2, "nope_dim": 6, "rope_dim": 4, "latent_dim": 10}
-        variants: list[tuple[dict[str, int], str, str, str, int, str]] = [
-            (deepseek, "bf16", "bf16", "auto", 0, "auto"),
-            (deepseek, "bf16", "fp32", "fp8_ds_mla", 1, "fp8"),
-            (few, "fp16", "fp16", "fp8_ds_mla", 0, "auto"),
-            (odd, "fp16", "fp16", "fp8", 1, "auto"),
-            (odd, "bf16", "fp32", "fp8_apart", 0, "fp8"),
-            (small, "bf16", "bf16", "auto_apart", 1, "auto"),
-            (narrow, "bf16", "fp32", "fp8", 0, "fp8"),
-            (bare, "fp32", "fp32", "none", 0, "auto"),
-            (small, "fp32", "fp32", "auto", 1, "fp8"),
+        styles = {"NeoX": {"neox": True}, "GPT-J": {"neox": False}, "apart": {"neox": False, "deinterleave": True}}
+        variants: list[tuple[dict[str, int], str, str, str, str, str]] = [
+            (deepseek, "bf16", "bf16", "auto", "GPT-J", "auto"),
+            (deepseek, "bf16", "fp32", "fp8_ds_mla", "NeoX", "fp8"),
+            (few, "fp16", "fp16", "fp8_ds_mla", "GPT-J", "auto"),
+            (odd, "fp16", "fp16", "fp8", "NeoX", "auto"),
+            (odd, "bf16", "fp32", "fp8_apart", "GPT-J", "fp8"),
+            (small, "bf16", "bf16", "auto_apart", "NeoX", "auto"),
+            (narrow, "bf16", "fp32", "fp8", "GPT-J", "fp8"),
+            (bare, "fp32", "fp32", "none", "GPT-J", "auto"),
+            (small, "fp32", "fp32", "auto", "NeoX", "fp8"),
+            (odd, "bf16", "bf16", "auto_apart", "apart", "auto"),
+            (few, "fp16", "fp32", "fp8_ds_mla", "apart", "fp8"),
+            (small, "bf16", "fp32", "fp8", "apart", "auto"),
+            (bare, "fp32", "fp32", "none", "apart", "fp8"),
         ]
         return [
-            self.make_problem(dtype=dtype, table=table, cache=cache, neox=neox, query=query, **shape)
-            for shape, dtype, table, cache, neox, query in variants
+            self.make_problem(dtype=dtype, table=table, cache=cache, query=query, **styles[style], **shape)
+            for shape, dtype, table, cache, style, query in variants
         ]
 
     def random_problem(self, source: random.Random) -> Problem:
@@ -573,13 +594,15 @@ class MlaRopeKvCacheCat(FusedOp):
         rope, latent = source.randint(1, min(most, 32)) * 2 * step, source.randint(1, 32) * step
         if cache == "fp8_ds_mla":
             rope, latent, step = _DS_MLA_ROPE, _DS_MLA_LATENT, max(step, 4)
+        style = source.choice(["NeoX", "GPT-J", "apart"])
         return self.make_problem(
             dtype=dtype,
             heads=heads,
             nope_dim=source.choice([0, source.randint(1, most) * step]),
             rope_dim=rope,
             latent_dim=latent,
-            neox=source.random() < 0.5,
+            neox=style == "NeoX",
+            deinterleave=style == "apart",
             # A pair of two bf16 elements has one cosine, less than a word.
             table=dtype if step > 2 and source.random() < 0.5 else "fp32",
             cache=cache,
@@ -611,6 +634,7 @@ class MlaRopeKvCacheCat(FusedOp):
                 "ROPE": problem.int("rope_dim"),
                 "LATENT": problem.int("latent_dim"),
                 "NEOX": problem.int("neox"),
+                "DEINTERLEAVE": int(deinterleaves(problem)),
                 "CACHE": _kind(problem).code,
                 "APART": int(_kind(problem).apart),
                 "Q_FP8": int(_fp8_query(problem)),
@@ -656,7 +680,7 @@ class MlaRopeKvCacheCat(FusedOp):
         absent = {0: not nope, 7: not cache.code, 8: bool(cache.code) and not cache.apart, 10: not fp8_query}
         return Binding(
             tensors=tuple(tensors),
-            constants=((11, bool(problem["neox"])),),
+            constants=((11, bool(problem["neox"])), (12, deinterleaves(problem))),
             absent=tuple(index for index, is_absent in absent.items() if is_absent),
             fields=(
                 Field(pointer, 0) if nope else no_pointer,
@@ -745,6 +769,7 @@ def _quotient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _rotated(
     is_neox: bool,
+    deinterleave: bool,
     q_nope: torch.Tensor | None,
     q_pe: torch.Tensor,
     kv_c: torch.Tensor,
@@ -756,9 +781,9 @@ def _rotated(
     tokens = positions.shape[0]
     q_pe, kv_c, k_pe = q_pe[:tokens], kv_c[:tokens], k_pe[:tokens]
     cos, sin = table[positions].float().chunk(2, dim=-1)
-    q = rotate(q_pe.float(), cos[:, None], sin[:, None], is_neox).to(q_pe.dtype)
+    q = rotate(q_pe.float(), cos[:, None], sin[:, None], is_neox, deinterleave).to(q_pe.dtype)
     q = q if q_nope is None else torch.cat([q_nope[:tokens], q], dim=-1)
-    return q, kv_c, rotate(k_pe.float(), cos, sin, is_neox).to(k_pe.dtype)
+    return q, kv_c, rotate(k_pe.float(), cos, sin, is_neox, deinterleave).to(k_pe.dtype)
 
 
 def _packed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,16 @@ from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_na
 from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, rotate, scaled_to_fp8, write_rows
+from autofuse.ops.rope import (
+    E4M3_EPSILON,
+    E4M3_MAX,
+    E4M3_SMALLEST,
+    deinterleaves,
+    in_halves,
+    rotate,
+    scaled_to_fp8,
+    write_rows,
+)
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.targets import KernelSpec
 
@@ -28,7 +37,7 @@ _SMALLEST_SCALE = 0.25  # of those that are verified with
 
 # Arguments, by their place in the schema.
 _Q, _K, _V, _POSITIONS, _TABLE, _SLOTS, _K_CACHE, _V_CACHE, _K_SCALE, _V_SCALE = range(10)
-_Q_SCALE, _Q_WEIGHT, _K_WEIGHT, _EPS, _NEOX, _RETURN_K = range(10, 16)
+_Q_SCALE, _Q_WEIGHT, _K_WEIGHT, _EPS, _NEOX, _RETURN_K, _DEINTERLEAVE = range(10, 17)
 
 # Models with a rotary embedding like GPT-J's, and models that norm each q and k head first, by Hugging Face model_type.
 _GPTJ_STYLE = ("codegen", "cohere", "cohere2", "glm", "glm4", "gptj")
@@ -63,7 +72,7 @@ def _units(problem: Problem, config: Mapping[str, int]) -> int:
 def _whole_pairs(config: Mapping[str, int], problem: Problem, tokens: int) -> bool:
     size = config["VEC_BYTES"] // _bytes(problem)
     # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if problem["neox"] else size // 2
+    angles = size if in_halves(problem) else size // 2
     return (
         size >= 2
         and angles * DTYPES[str(problem["table"])].itemsize >= 4
@@ -175,6 +184,9 @@ class RopeKvCache(FusedOp):
         q_weight, k_weight: [D], q's dtype, both or neither; eps: added to the mean of squares.
         is_neox: True pairs element i with i + R/2 (NeoX), False even with odd neighbours (GPT-J).
         return_k: False returns [0, KV, D] in place of k, for attention that reads k from the cache.
+        deinterleave: with is_neox False, neighbours are paired but come out as halves: of the R elements all even ones,
+            then all odd ones, as NeoX has them. Both the results and what is cached. Hugging Face transformers'
+            ``apply_rotary_pos_emb_interleave`` does so (models/deepseek_v3/modeling_deepseek_v3.py).
 
     Returns: q [T, H, D] and k [T, KV, D], both contiguous.
     """
@@ -184,7 +196,7 @@ class RopeKvCache(FusedOp):
         "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin_cache, Tensor? slot_mapping, "
         "Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? q_scale, "
         "Tensor? q_weight, Tensor? k_weight, float eps, bool is_neox, bool return_k, "
-        'str plan="") -> (Tensor, Tensor)'
+        'bool deinterleave=False, str plan="") -> (Tensor, Tensor)'
     )
     mutates = (_K_CACHE, _V_CACHE)
     shared = (_POSITIONS, _TABLE, _SLOTS)
@@ -205,13 +217,13 @@ class RopeKvCache(FusedOp):
     def _computed(self, args: Sequence[Any], kept: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The op, of whose cache rows only those of the tokens ``kept`` are written, or all."""
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k = args[_Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[_Q_WEIGHT:]
         tokens = positions.shape[0]
         q, k = q[:tokens], k[:tokens]
         if q_weight is not None:
             q, k = _rms_norm(q, q_weight, eps), _rms_norm(k, k_weight, eps)
         cos, sin = table[positions].float()[:, None].chunk(2, dim=-1)
-        q, k = (rotate(x.float(), cos, sin, is_neox).to(x.dtype) for x in (q, k))
+        q, k = (rotate(x.float(), cos, sin, is_neox, deinterleave).to(x.dtype) for x in (q, k))
         if _writes(args):
             for cache, rows, scale in ((k_cache, k, k_scale), (v_cache, v[:tokens], v_scale)):
                 chosen = slice(None) if kept is None else kept
@@ -226,7 +238,7 @@ class RopeKvCache(FusedOp):
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k = args[_Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[_Q_WEIGHT:]
         tokens, dtype = positions.shape[0], q.dtype
         cos, sin = table.double()[positions][:, None].chunk(2, dim=-1)
 
@@ -235,7 +247,7 @@ class RopeKvCache(FusedOp):
             if weight is not None:
                 x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
                 x = (x.to(dtype).double() * weight.double()).to(dtype).double()
-            return rotate(x, cos, sin, is_neox)
+            return rotate(x, cos, sin, is_neox, deinterleave)
 
         def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             # What becomes fp8 was rounded to the activations' dtype first.
@@ -295,8 +307,8 @@ class RopeKvCache(FusedOp):
 
     def make_problem(self, **params: Any) -> Problem:
         """The problem with ``dtype``, ``heads``, ``kv_heads``, ``head_dim``, ``rope_dim``, ``neox``, ``table`` (dtype
-        of cos_sin_cache), ``cache`` (``none``, ``auto``, ``fp8``, ``fp8_per_head``), ``qk_norm``, ``q_fp8`` and
-        ``return_k``.
+        of cos_sin_cache), ``cache`` (``none``, ``auto``, ``fp8``, ``fp8_per_head``), ``qk_norm``, ``q_fp8``,
+        ``return_k`` and ``deinterleave`` (left out: no).
         """
         names = {
             name: params[name] if isinstance(params[name], str) else dtype_name(params[name])
@@ -322,8 +334,11 @@ class RopeKvCache(FusedOp):
                 ("table", names["table"]),
                 ("cache", cache),
                 *((name, int(bool(params[name]))) for name in ("qk_norm", "q_fp8", "return_k")),
+                *((("deinterleave", 1),) if params.get("deinterleave") else ()),
             ),
         )
+        if problem["neox"] and deinterleaves(problem):
+            raise UnsupportedCall(f"{problem}: halves, as NeoX pairs them, are not de-interleaved")
         if min(widths.values()) < 1 or widths["rope_dim"] > widths["head_dim"]:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim at most head_dim")
         _widest_vector(problem)  # raises where not even the narrowest vectors fit
@@ -353,9 +368,8 @@ class RopeKvCache(FusedOp):
         ]
 
     def problem_of(self, *args: Any) -> Problem:
-        q, k, v, positions, table, slots, k_cache, v_cache, _, _, q_scale, q_weight, k_weight, _, is_neox, return_k = (
-            args
-        )
+        q, k, v, positions, table, slots, k_cache, v_cache, _, _, q_scale, q_weight, k_weight, _, *flags = args
+        is_neox, return_k, deinterleave = flags
         for name, tensor, shape in (
             ("q", q, "[T, H, D]"),
             ("k", k, "[T, KV, D]"),
@@ -388,6 +402,8 @@ class RopeKvCache(FusedOp):
         for name, tensor in (("positions", positions), ("slot_mapping", slots)):
             if tensor is not None and tensor.dtype != torch.int64:
                 raise BadInput(f"{self.name}: {name} is {tensor.dtype}, it must be int64")
+        if is_neox and deinterleave:
+            raise BadInput(f"{self.name}: with is_neox there are no neighbours to deinterleave")
         if (q_weight is None) != (k_weight is None):
             raise BadInput(f"{self.name}: q_weight and k_weight must both be given, or neither")
         for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -411,6 +427,7 @@ class RopeKvCache(FusedOp):
             qk_norm=q_weight is not None,
             q_fp8=q_scale is not None,
             return_k=return_k,
+            deinterleave=deinterleave,
         )
 
     def _cache_of(self, args: Sequence[Any]) -> str:
@@ -479,6 +496,7 @@ class RopeKvCache(FusedOp):
             1e-6,
             bool(problem["neox"]),
             bool(problem["return_k"]),
+            deinterleaves(problem),
         )
 
     def check_args(
@@ -524,17 +542,20 @@ class RopeKvCache(FusedOp):
 
     def sweep_problems(self) -> Sequence[Problem]:
         names = ("dtype", "heads", "kv_heads", "head_dim", "rope_dim", "neox", "table", "cache")
-        flags = ("qk_norm", "q_fp8", "return_k")
+        flags = ("qk_norm", "q_fp8", "return_k", "deinterleave")
         rows = (
-            ("bf16", 4, 2, 128, 128, 1, "bf16", "auto", 0, 0, 0),
-            ("bf16", 4, 2, 128, 128, 1, "bf16", "auto", 1, 0, 0),
-            ("bf16", 3, 3, 96, 96, 0, "bf16", "fp8_per_head", 0, 1, 0),
-            ("bf16", 2, 1, 80, 80, 1, "fp32", "fp8", 1, 1, 1),
-            ("fp16", 3, 1, 80, 32, 1, "fp32", "fp8", 0, 0, 1),
-            ("fp16", 2, 2, 64, 32, 0, "fp32", "none", 1, 0, 1),
-            ("fp32", 2, 1, 64, 64, 0, "fp32", "auto", 0, 0, 1),
-            ("fp32", 1, 2, 256, 256, 1, "fp32", "fp8_per_head", 1, 1, 0),
-            ("fp16", 5, 2, 20, 4, 1, "fp16", "none", 0, 1, 0),
+            ("bf16", 4, 2, 128, 128, 1, "bf16", "auto", 0, 0, 0, 0),
+            ("bf16", 4, 2, 128, 128, 1, "bf16", "auto", 1, 0, 0, 0),
+            ("bf16", 3, 3, 96, 96, 0, "bf16", "fp8_per_head", 0, 1, 0, 0),
+            ("bf16", 2, 1, 80, 80, 1, "fp32", "fp8", 1, 1, 1, 0),
+            ("fp16", 3, 1, 80, 32, 1, "fp32", "fp8", 0, 0, 1, 0),
+            ("fp16", 2, 2, 64, 32, 0, "fp32", "none", 1, 0, 1, 0),
+            ("fp32", 2, 1, 64, 64, 0, "fp32", "auto", 0, 0, 1, 0),
+            ("fp32", 1, 2, 256, 256, 1, "fp32", "fp8_per_head", 1, 1, 0, 0),
+            ("fp16", 5, 2, 20, 4, 1, "fp16", "none", 0, 1, 0, 0),
+            ("bf16", 4, 2, 80, 32, 0, "bf16", "auto", 1, 0, 1, 1),
+            ("fp16", 3, 2, 64, 64, 0, "fp32", "fp8_per_head", 0, 1, 0, 1),
+            ("fp32", 2, 1, 32, 8, 0, "fp32", "fp8", 0, 0, 1, 1),
         )
         return [self.make_problem(**dict(zip((*names, *flags), row, strict=True))) for row in rows]
 
@@ -543,6 +564,7 @@ class RopeKvCache(FusedOp):
         while True:
             dtype = source.choice(list(DTYPES))
             width = 4 * source.choice([source.randint(1, 64), 16, 20, 24, 32, 64])
+            style = source.choice(["NeoX", "GPT-J", "apart"])
             try:
                 return self.make_problem(
                     dtype=dtype,
@@ -550,7 +572,8 @@ class RopeKvCache(FusedOp):
                     kv_heads=source.randint(1, 4),
                     head_dim=width,
                     rope_dim=source.choice([width, 4 * source.randint(1, width // 4)]),
-                    neox=source.random() < 0.5,
+                    neox=style == "NeoX",
+                    deinterleave=style == "apart",
                     table=source.choice([dtype, "fp32"]),
                     cache=source.choice(_CACHES),
                     qk_norm=source.random() < 0.5,
@@ -583,6 +606,7 @@ class RopeKvCache(FusedOp):
                 "HEAD_DIM": problem.int("head_dim"),
                 "ROPE": problem.int("rope_dim"),
                 "NEOX": problem.int("neox"),
+                "DEINTERLEAVE": int(deinterleaves(problem)),
                 "CACHE": _CACHES.index(str(problem["cache"])),
                 "QK_NORM": problem.int("qk_norm"),
                 "Q_FP8": problem.int("q_fp8"),
@@ -635,7 +659,11 @@ class RopeKvCache(FusedOp):
         pointers = (_Q, _K, _V, _POSITIONS, _TABLE, _SLOTS, _Q_WEIGHT, _K_WEIGHT, _Q_SCALE)
         return Binding(
             tensors=tuple(tensors),
-            constants=((_NEOX, bool(problem["neox"])), (_RETURN_K, bool(problem["return_k"]))),
+            constants=(
+                (_NEOX, bool(problem["neox"])),
+                (_RETURN_K, bool(problem["return_k"])),
+                (_DEINTERLEAVE, deinterleaves(problem)),
+            ),
             absent=tuple(sorted(absent)),
             fields=(
                 *(of(FieldKind.POINTER, index) for index in pointers),

@@ -18,7 +18,7 @@ __all__ = ["by_name_op", "define"]
 _NAME = "mla_rope_kv_cache_cat_by_name"
 _ARGUMENTS = (
     "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
-    "{layer} layer_name, str kv_cache_dtype, Tensor k_scale, bool is_neox, "
+    "{layer} layer_name, str kv_cache_dtype, Tensor k_scale, bool is_neox, bool deinterleave, "
     'str plan="") -> (Tensor, Tensor, Tensor)'
 )
 _KEY = "CompositeExplicitAutograd"
@@ -35,6 +35,7 @@ def _run(
     kv_cache_dtype: str,
     k_scale: torch.Tensor,
     is_neox: bool,
+    deinterleave: bool,
     plan: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mla_rope_kv_cache_cat`` on the cache of a layer, whose slots are those of the present forward pass.
@@ -47,7 +48,7 @@ def _run(
     kv_cache, slots = latent_cache(layer_name, kv_cache_dtype, q_pe.dtype)
     scale = k_scale if kv_cache is not None and kv_cache.dtype == torch.float8_e4m3fn else None
     query, rotated = torch.ops.autofuse.mla_rope_kv_cache_cat(
-        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, slots, kv_cache, None, scale, None, is_neox, plan)
+        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, slots, kv_cache, None, scale, None, is_neox, deinterleave, plan)
     )
     if kv_cache is None:
         torch.ops.vllm.unified_mla_kv_cache_update(kv_c, rotated.unsqueeze(1), layer_name, kv_cache_dtype, k_scale)
@@ -65,10 +66,11 @@ def _fake(
     kv_cache_dtype: str,
     k_scale: torch.Tensor,
     is_neox: bool,
+    deinterleave: bool,
     plan: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query, rotated = get_op("mla_rope_kv_cache_cat").fake(
-        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, None, None, None, None, None, is_neox)
+        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, None, None, None, None, None, is_neox, deinterleave)
     )
     return query, rotated, kv_c.new_empty(0)
 

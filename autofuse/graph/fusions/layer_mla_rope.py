@@ -82,6 +82,7 @@ class LayerMlaRope(MlaRopeKvCacheCat):
             "kv_cache_dtype": update.kv_cache_dtype,
             "k_scale": update.k_scale,
             "is_neox": site.pair.q.is_neox,
+            "deinterleave": site.pair.q.reordered,
             "plan": plan,
         }
         op = by_name_op()

@@ -144,6 +144,7 @@ class RopeKvCache(Fusion):
                     "eps": site.norms[0].eps if site.norms else 0.0,
                     "is_neox": pair.q.is_neox,
                     "return_k": returns_key(pair),
+                    "deinterleave": pair.q.reordered,
                     "plan": plan,
                 },
                 site.caches,
@@ -215,6 +216,7 @@ def _params(
         ("qk_norm", bool(norms)),
         ("q_fp8", False),
         ("return_k", returns_key(pair)),
+        ("deinterleave", pair.q.reordered),
     )
 
 

@@ -449,19 +449,21 @@ def check_alike(pair: RopePair) -> None:
     for what, one, other in (
         ("dtypes", q.dtype, k.dtype),
         ("rotary dimensions", q.rotary_dim, k.rotary_dim),
-        ("styles", q.is_neox, k.is_neox),
+        ("styles", _style(q), _style(k)),
     ):
         if one != other:
             raise RefusedError(f"the rotations of q and k have different {what}: {one} and {other}")
-    for rope in (q, k):
-        if rope.reordered:
-            order = ("halves", "neighbours") if rope.is_neox else ("neighbours", "halves")
-            raise RefusedError(
-                f"{rope.output} pairs {order[0]} of its input but {order[1]} of its result, and the op keeps the order"
-            )
+    if q.is_neox and q.reordered:
+        raise RefusedError(f"{q.output} pairs halves of its input but neighbours of its result, which no op does")
     tensors = [node.meta["val"] for node in (q.input.node, k.input.node, *angle_nodes(q.angles))]
     if len({value.device for value in tensors}) > 1:
         raise RefusedError("q, k and their angles are on different devices")
+
+
+def _style(rope: RopeBlock) -> str:
+    """What is paired, and, if that is another, as what the pairs are written."""
+    pairs, others = ("halves", "neighbours") if rope.is_neox else ("neighbours", "halves")
+    return f"{pairs} to {others}" if rope.reordered else pairs
 
 
 def value_rows(pair: RopePair, k: HeadSource) -> HeadSource | None:
