@@ -18,6 +18,7 @@ __all__ = [
     "VOCABULARY",
     "decoder",
     "deepseek",
+    "dynamic_cache",
     "static_cache",
 ]
 
@@ -101,6 +102,17 @@ def static_cache(model: nn.Module, prompt: torch.Tensor | None = None) -> Any:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=CACHE_ROWS)
+    if prompt is not None:
+        with torch.no_grad():
+            model(prompt, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def dynamic_cache(model: nn.Module, prompt: torch.Tensor | None = None) -> Any:
+    """A DynamicCache for ``model``, which grows by ``cat``, filled with ``prompt`` if there is one."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
     if prompt is not None:
         with torch.no_grad():
             model(prompt, past_key_values=cache, use_cache=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +17,9 @@ from torch import nn
 
 from autofuse.graph.backend import Watch, watching
 from autofuse.graph.report import GraphReport
-from hf_models import MODELS, VOCABULARY, static_cache
+from hf_models import MODELS, VOCABULARY, dynamic_cache, static_cache
 
-__all__ = ["DTYPES", "GRADS", "MODES", "SHAPES", "Case", "Outcome", "all_cases", "run_case"]
+__all__ = ["DTYPES", "GRADS", "MODES", "SHAPES", "Case", "Outcome", "all_cases", "quiet", "run_case"]
 
 MODES = ("prefill", "decode, StaticCache", "decode, DynamicCache")
 SHAPES = ("static", "mark_dynamic", "dynamic=True")
@@ -131,7 +133,7 @@ def run_case(case: Case) -> Outcome:
 
 def _compiled(case: Case, model: nn.Module, **settings: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
-    # mark_dynamic raises where a dimension turns out to be static, None leaves the others to what is marked.
+    # With None, only what is marked is dynamic, and it is an error if that cannot be.
     dynamic = {"static": False, "mark_dynamic": None, "dynamic=True": True}[case.shapes]
     return torch.compile(model, dynamic=dynamic, **settings)
 
@@ -159,16 +161,10 @@ def _ids(rows: int, tokens: int, seed: int) -> torch.Tensor:
 
 def _cache(case: Case, model: nn.Module, rows: int) -> Any:
     """Empty for a prefill, else holding a prompt."""
-    from transformers import DynamicCache
-
     if case.mode == "prefill":
         return static_cache(model)
-    prompt = _ids(rows, 5, seed=100)
-    if "StaticCache" in case.mode:
-        return static_cache(model, prompt)
-    cache = DynamicCache(config=model.config)
-    model(prompt, past_key_values=cache, use_cache=True)
-    return cache
+    make = static_cache if "StaticCache" in case.mode else dynamic_cache
+    return make(model, _ids(rows, 5, seed=100))
 
 
 def _mark(case: Case, ids: torch.Tensor, cache: Any) -> None:
@@ -211,9 +207,6 @@ def general(reason: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what Dynamo and transformers warn of while these models are compiled."""
-    import logging
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)

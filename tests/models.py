@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_models import HIDDEN, KV_RANK, Q_RANK, ROPE, VOCABULARY, decoder, deepseek, static_cache
+from hf_models import HIDDEN, KV_RANK, Q_RANK, ROPE, VOCABULARY, decoder, deepseek, dynamic_cache, static_cache
 from without_code import interpret, without_code_generation
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "decoder",
     "deepseek",
+    "dynamic_cache",
     "isolate",
     "post_grad_graph",
     "static_cache",
