@@ -81,24 +81,12 @@ def test_no_fusion_breaks_a_graph(kind, reports):
 
 
 def test_two_settings_on_one_model_each_have_their_own_graph(reports):
-    model = deepseek(2, LAYERS)
+    model = decoder("llama", 1)
     expected = decode(model, model)
     fuse = {"autofuse.untuned": "fuse"}
     with without_code_generation():
         off = torch.compile(model, backend="autofuse", options={**fuse, "autofuse.level": "O0"})
-        low = torch.compile(model, backend="autofuse", options={**fuse, "autofuse.level": "O1"})
-        by_hand = torch.compile(
-            model,
-            backend="autofuse",
-            options={**fuse, "autofuse.level": "O0", "autofuse.fuse_rope_kvcache_cat_mla": True},
-        )
-        for compiled in (off, low, by_hand):
+        on = torch.compile(model, backend="autofuse", options={**fuse, "autofuse.level": "O2"})
+        for compiled in (off, on, off):  # the last runs its own graph again
             assert_close(decode(model, compiled), expected)
-        assert [fused(report) for report in reports] == [
-            set(),
-            {"fuse_mla_dual_rms_norm"},
-            {"fuse_rope_kvcache_cat_mla"},
-        ]
-        for compiled in (by_hand, off, low):  # each runs its own graph again, in whatever order
-            assert_close(decode(model, compiled), expected)
-    assert len(reports) == 3
+    assert [fused(report) for report in reports] == [set(), {"fuse_rope_kvcache"}]
