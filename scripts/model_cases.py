@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -31,8 +32,9 @@ LEGAL_ONLY = {"autofuse.level": "O3", "autofuse.untuned": "fuse"}
 TIMES_PLAIN = 2.0
 UNITS = 4.0
 """A compiled model may differ from eager by ``TIMES_PLAIN`` times what it does without autofuse, or by ``UNITS`` units
-in the last place of the largest value, whichever is more. Both round the same sums, each in other places: which of the
-two comes out nearer to eager is chance, and where Inductor happens to round as eager does, it does not differ at all.
+in the last place of a tensor's largest value, whichever is more. Both round the same sums, each in other places: which
+of the two comes out nearer to eager is chance, and where Inductor happens to round as eager does, it does not differ at
+all.
 """
 
 
@@ -76,9 +78,9 @@ class Outcome:
         graphs: that Dynamo made, with autofuse.
         sites: fusion → [found, fused], in all of them.
         reasons: why something was left alone → how often.
-        largest: absolute value that eager computed, of the logits and what the caches hold.
-        difference, plain: the largest difference from eager, with autofuse and by torch.compile alone.
-        allowed: what ``difference`` may be.
+        difference, plain: the largest difference from eager, with autofuse and by torch.compile alone, of one tensor (a
+            call's logits, a layer's keys or values): the one that comes nearest to what is allowed, or furthest beyond.
+        largest: absolute value that eager computed, and ``allowed``: what ``difference`` may be, both of that tensor.
         error: why there are no differences; "" if there are.
     """
 
@@ -122,10 +124,7 @@ def run_case(case: Case) -> Outcome:
         finally:
             watching.reset(token)
         _count(watch.reports, outcome)
-        outcome.largest = max(value.abs().max().item() for value in want)
-        outcome.plain, outcome.difference = _difference(plain, want), _difference(got, want)
-        unit = torch.finfo(DTYPES[case.dtype]).eps * outcome.largest
-        outcome.allowed = max(TIMES_PLAIN * outcome.plain, UNITS * unit)
+        _compare(got, plain, want, torch.finfo(DTYPES[case.dtype]).eps, outcome)
     except Exception as error:  # whatever Dynamo, Inductor, a compiler or the model raises
         outcome.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return outcome
@@ -177,9 +176,24 @@ def _mark(case: Case, ids: torch.Tensor, cache: Any) -> None:
             torch._dynamo.mark_dynamic(tensor, [0, 2] if "DynamicCache" in case.mode else 0)
 
 
-def _difference(results: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
-    """The largest, NaN if one is."""
-    return torch.stack([(a - b).abs().max() for a, b in zip(results, want, strict=True)]).max().item()
+def _compare(
+    got: Sequence[torch.Tensor],
+    plain: Sequence[torch.Tensor],
+    want: Sequence[torch.Tensor],
+    eps: float,
+    outcome: Outcome,
+) -> None:
+    """Takes the numbers of the tensor that is furthest beyond, or nearest to, what it may differ by; NaN is beyond."""
+    worst = -1.0
+    for mine, theirs, right in zip(got, plain, want, strict=True):
+        difference, unfused = (mine - right).abs().max().item(), (theirs - right).abs().max().item()
+        largest = right.abs().max().item()
+        allowed = max(TIMES_PLAIN * unfused, UNITS * eps * largest)
+        ratio = difference / allowed if allowed else difference
+        ratio = math.inf if math.isnan(ratio) else ratio
+        if ratio > worst:
+            worst = ratio
+            outcome.difference, outcome.plain, outcome.largest, outcome.allowed = difference, unfused, largest, allowed
 
 
 def _count(reports: Sequence[GraphReport], outcome: Outcome) -> None:

@@ -77,9 +77,21 @@ def test_what_is_raised_is_the_outcome(monkeypatch) -> None:
     assert (outcome.error, outcome.right) == ("RuntimeError: two lines", False)
 
 
-def test_nan_is_not_right() -> None:
-    assert not Outcome(difference=float("nan"), allowed=1.0).right
-    assert model_cases._difference([torch.tensor(float("nan"))] * 2, [torch.zeros(())] * 2) != 0
+def test_each_tensor_is_judged_by_its_own_size_and_nan_is_never_right() -> None:
+    def judged(got: list[float], plain: list[float], want: list[float]) -> Outcome:
+        outcome = Outcome()
+        tensors = [[torch.tensor(value, dtype=torch.float64) for value in values] for values in (got, plain, want)]
+        model_cases._compare(*tensors, 0.01, outcome)
+        return outcome
+
+    assert judged([100.5, 1.0], [100.0, 1.0], [100.0, 1.0]).right
+    wrong = judged([100.5, 1.05], [100.0, 1.0], [100.0, 1.0])
+    assert not wrong.right
+    assert wrong.difference == pytest.approx(0.05)
+    assert wrong.allowed == pytest.approx(0.04)
+    assert judged([1.05], [1.03], [1.0]).right, "twice what it differs by without fusions"
+    assert not judged([1.0, float("nan")], [1.0, 1.0], [1.0, 1.0]).right
+    assert judged([0.0], [0.0], [0.0]).right
 
 
 def test_reasons_of_all_layers_are_one() -> None:
