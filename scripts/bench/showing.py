@@ -122,13 +122,13 @@ def markdown(tables: Sequence[Table], results: Results) -> str:
     return "\n\n".join(blocks)
 
 
-def replace_generated(document: str, generated: str) -> str:
-    """The document with its generated part replaced. Raises ValueError if it has none."""
-    before, _, rest = document.partition(BEGIN)
+def replace_generated(document: str, generated: str, begin: str = BEGIN) -> str:
+    """The document with the part that follows the line ``begin`` replaced. Raises ValueError if it has none."""
+    before, _, rest = document.partition(begin)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"the document lacks the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
+        raise ValueError(f"the document lacks the lines {begin} and {END}")
+    return f"{before}{begin}\n\n{generated}\n\n{END}{after}"
 
 
 def line(verdict: Verdict) -> str:
