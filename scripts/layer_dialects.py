@@ -17,7 +17,6 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import rope_dialects
 import vllm_standins  # noqa: F401  (registers vLLM's operators)
 
-
 __all__ = [
     "GPTJ",
     "LIBRARY",

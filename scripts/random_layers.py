@@ -1,7 +1,7 @@
 """Random layers, as source text: attention up to its caches, norms and quantisations in shuffled dialects.
 
-A layer is what ``draw_layer`` makes of a seed. Its text is all there is to it, so that a wrong one can be read, cut down
-and pasted into a test. Layers are hostile: others read what a fusion would take away, caches are read and written
+A layer is what ``draw_layer`` makes of a seed. Its text is all there is to it, so that a wrong one can be read, cut
+down and pasted into a test. Layers are hostile: others read what a fusion would take away, caches are read and written
 between, tensors are views of one another, sizes coincide, statements change places. What a layer computes is what
 eager PyTorch says, whatever it is.
 """
@@ -295,9 +295,8 @@ class _Drawing:
         k_rope = self.pick(*NEOX, *GPTJ) if self.odd() else rope
         form = self.pick("operator", "cat", "in place", "apart")
         if form == "operator":
-            self.lines.append(
-                f"torch.ops._C.rotary_embedding({positions}, {q}[..., {NOPE}:], {k_pe}, {ROPE}, {table}, {self.pick(True, False)})"
-            )
+            args = f"{positions}, {q}[..., {NOPE}:], {k_pe}, {ROPE}, {table}, {self.pick(True, False)}"
+            self.lines.append(f"torch.ops._C.rotary_embedding({args})")
         elif form == "in place":
             self.lines.append(f"{q}[..., {NOPE}:] = {rope.__name__}({q}[..., {NOPE}:], {table}, {positions})")
         else:
@@ -346,9 +345,8 @@ class _Drawing:
         if kind == "operator":
             name, scale = ("fp8", "torch.full((1,), 0.05)") if dtype == "E4M3" else ("auto", "torch.ones(1)")
             scale = self.given("scale", scale, "table")
-            self.lines.append(
-                f"torch.ops._C_cache_ops.concat_and_cache_mla({kv_c}, {k_pe}.squeeze(1), {cache}, {slots}, {name!r}, {scale})"
-            )
+            args = f"{kv_c}, {k_pe}.squeeze(1), {cache}, {slots}, {name!r}, {scale}"
+            self.lines.append(f"torch.ops._C_cache_ops.concat_and_cache_mla({args})")
         else:
             self.lines.append(_assigned(cache, slots, rows, (width,), kind))
         if self.pick(True, False):
@@ -367,7 +365,7 @@ class _Drawing:
 
     def gqa(self, x: str) -> None:
         """Grouped-query attention up to its caches."""
-        heads, kv, size = self.pick((4, 2), (4, 1), (2, 2), (2, 1)) + (self.pick(16, 16, 32),)
+        heads, kv, size = (*self.pick((4, 2), (4, 1), (2, 2), (2, 1)), self.pick(16, 16, 32))
         q, k, v = self.split(x, heads * size, kv * size, kv * size)
         table_size = size if self.pick(True, True, False) else size // 2
         table, positions = self.table(table_size), self.positions()
@@ -407,9 +405,8 @@ class _Drawing:
         if kind == "operator":
             name, scale = ("fp8", "torch.full((1,), 0.05)") if dtype == "E4M3" else ("auto", "torch.ones(1)")
             scale = self.given("scale", scale, "table")
-            self.lines.append(
-                f"torch.ops._C_cache_ops.reshape_and_cache_flash({k}, {v}, {caches[0]}, {caches[1]}, {slots}, {name!r}, {scale}, {scale})"
-            )
+            args = f"{k}, {v}, {caches[0]}, {caches[1]}, {slots}, {name!r}, {scale}, {scale}"
+            self.lines.append(f"torch.ops._C_cache_ops.reshape_and_cache_flash({args})")
         else:
             for cache, part in self.random.sample([*zip(caches, (k, v), strict=True)], 2):
                 where = self.slots() if self.odd() else slots
@@ -420,7 +417,7 @@ class _Drawing:
 
     def batched(self, x: str) -> None:
         """Hugging Face's attention: a batch, heads before tokens, a static cache or none."""
-        heads, kv, size = self.pick((4, 2), (4, 1), (2, 2)) + (16,)
+        heads, kv, size = (*self.pick((4, 2), (4, 1), (2, 2)), 16)
         batch = 1 if self.more is not None or self.tokens % 2 else self.pick(1, 2)
         cos, sin = (
             self.given(
