@@ -19,6 +19,7 @@ __all__ = ["arguments_of", "mutated", "run_graph"]
 
 aten = torch.ops.aten
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FRESH = (aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default)
 _MOST_CHANGES = 3
 _TRIES = 30  # places, for one change
 _INDICES = 24  # rows of a table: no index is more
@@ -57,9 +58,17 @@ def arguments_of(graph: Graph, seed: int, highest: int = _INDICES) -> list[torch
 
 
 def run_graph(graph: Graph, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The results of a graph; it may change its arguments."""
-    results = Interpreter(GraphModule({}, graph)).run(*arguments)
+    """The results of a graph; it may change its arguments. Fresh memory holds zeros."""
+    results = _Filling(GraphModule({}, graph)).run(*arguments)
     return [result for result in results if isinstance(result, torch.Tensor)]
+
+
+class _Filling(Interpreter):
+    """A mutant may read what was never written."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        return result.zero_() if target in _FRESH else result
 
 
 class _Mutant:
