@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -27,6 +27,8 @@ __all__ = [
     "RopeRead",
     "Slots",
 ]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,13 @@ class Found:
 
     blocks: tuple[Block, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    _asked: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, function: Callable[[Found], _T]) -> _T:
+        """``function(self)``, which several fusions ask for."""
+        if function not in self._asked:
+            self._asked[function] = function(self)
+        return cast(_T, self._asked[function])
 
     def __add__(self, other: Found) -> Found:
         return Found(self.blocks + other.blocks, self.near_misses + other.near_misses)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -118,6 +119,10 @@ class HeadSource:
 
     def fake(self) -> torch.Tensor:
         """[T, H, width] on fake tensors. Raises RefusedError if that would be a copy."""
+        return self._fake
+
+    @cached_property
+    def _fake(self) -> torch.Tensor:
         value = tensor(self.rows.node)
         return on_fakes(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
 

@@ -64,10 +64,10 @@ class MlaDualRMSNorm(Fusion):
 
     def pairs(self, found: Found) -> list[DualNormSite]:
         """All sites, with their refusals."""
-        return [_site(q, kv) for q, kv in _pair(found)[0]]
+        return found.once(_sites)
 
     def near_misses(self, found: Found) -> list[NearMiss]:
-        return _pair(found)[1]
+        return found.once(_pair)[1]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormSite)
@@ -94,6 +94,10 @@ class MlaDualRMSNorm(Fusion):
         new.hoist(site.hoist)
         new.replace(site.q, results[0], site.q_rows.views)
         new.replace(site.kv, results[1], site.kv_rows.views)
+
+
+def _sites(found: Found) -> list[DualNormSite]:
+    return [_site(q, kv) for q, kv in found.once(_pair)[0]]
 
 
 def _pair(found: Found) -> tuple[list[tuple[_Half, _Half]], list[NearMiss]]:

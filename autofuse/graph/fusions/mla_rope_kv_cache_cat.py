@@ -118,7 +118,7 @@ class MlaRopeKvCacheCat(Fusion):
     level = 2
 
     def match(self, found: Found) -> list[Site]:
-        return [site_of(pair) for pair in pair_ropes(found)[0] if is_latent(pair)]
+        return [site_of(pair) for pair in found.once(pair_ropes)[0] if is_latent(pair)]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, MlaRopeSite)

@@ -108,10 +108,10 @@ class RopeKvCache(Fusion):
 
     def match(self, found: Found) -> list[Site]:
         norms = {norm.output: norm for norm in found.rms_norms()}
-        return [_site(pair, norms) for pair in pair_ropes(found)[0] if not is_latent(pair)]
+        return [_site(pair, norms) for pair in found.once(pair_ropes)[0] if not is_latent(pair)]
 
     def near_misses(self, found: Found) -> list[NearMiss]:
-        return pair_ropes(found)[1]
+        return found.once(pair_ropes)[1]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, RopeKvCacheSite)
