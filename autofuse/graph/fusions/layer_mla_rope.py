@@ -68,7 +68,7 @@ class LayerMlaRope(MlaRopeKvCacheCat):
         updates = found.latent_updates()
         if not updates:
             return []
-        pairs = [(pair, _update_of(pair, updates)) for pair in pair_ropes(found)[0] if pair.key_write is None]
+        pairs = [(pair, _update_of(pair, updates)) for pair in found.once(pair_ropes)[0] if pair.key_write is None]
         return [_site(pair, update) for pair, update in pairs if update is not None]
 
     def call(
