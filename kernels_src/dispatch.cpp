@@ -4,9 +4,10 @@
 // loaded kernels; whatever call matches one of these is launched here, and any other goes to the op's Python
 // implementation, registered as autofuse::_unbound_<op>, which binds it for the next time or runs the reference.
 //
-// Only PyTorch's stable C ABI is used (torch/csrc/stable/c/shim.h), and the CUDA driver by function pointers that Python
-// looks up: the library needs neither CUDA nor PyTorch's C++ headers, and compiles within a second.
+// Only PyTorch's stable C ABI is used (torch/csrc/stable/c/shim.h), c10's ValueError, and the CUDA driver by function pointers
+// that Python looks up: the library needs neither CUDA nor more of PyTorch's C++ headers, and compiles in a second or two.
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <atomic>
@@ -70,6 +71,13 @@ struct Variant {  // one bucket of the plan
     int32_t padding;
 };
 
+struct Bound {  // of the values of an int64 argument, which are rows of another one
+    int32_t arg;
+    int32_t rows_of;
+    int32_t dims;    // of that one, the leading ones, count rows
+    int32_t padded;  // negative values are none
+};
+
 enum FieldKind { POINTER, RESULT, STRIDE, TOKENS, FLOAT, SIZE, NOTHING };
 
 struct Entry {
@@ -82,6 +90,7 @@ struct Entry {
     std::vector<Field> fields;
     std::vector<Result> results;
     std::vector<Variant> variants;  // ascending up_to_tokens; the last one takes the rest
+    std::vector<Bound> bounds;
 };
 
 // Plan → entries, the newest first. The keys point into the entries, which live for ever.
@@ -97,6 +106,7 @@ struct Op {
 Op ops[MAX_OPS];
 std::mutex binding;  // one binder at a time; callers take no lock
 thread_local std::string python_error;
+thread_local bool python_error_is_value_error = false;
 thread_local const char* current_plan = "";
 
 // ---- CUDA driver ------------------------------------------------------------------------------------------------------
@@ -203,6 +213,19 @@ bool aligned(const Tensor& tensor, const TensorGuard& guard, uint64_t align) {
     return true;
 }
 
+// Whether the values of the first `tokens` elements are rows that there are. On the CPU: on a GPU they would have to be waited
+// for.
+bool in_bounds(const Bound& bound, const Tensor* tensors, int64_t tokens) {
+    const Tensor& indices = tensors[bound.arg];
+    const auto* const values = static_cast<const int64_t*>(indices.data);
+    int64_t rows = 1;
+    for (int d = 0; d < bound.dims; ++d) rows *= tensors[bound.rows_of].sizes[d];
+    const int64_t count = indices.sizes[0] < tokens ? indices.sizes[0] : tokens;
+    bool all = true;
+    for (int64_t i = 0; i < count; ++i) all &= values[i] < rows && (bound.padded || values[i] >= 0);
+    return all;
+}
+
 // An optional argument is a null pointer or points to the value; this is that value, or 0.
 StableIValue inner(const Op& op, const StableIValue* args, int index) {
     if (op.arg_types[index] != 'O') return args[index];
@@ -229,6 +252,10 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
     if (!variant->function) return false;
     for (const TensorGuard& guard : entry.tensors)
         if (!aligned(tensors[guard.arg], guard, variant->align)) return false;
+
+    if (!entry.on_gpu)
+        for (const Bound& bound : entry.bounds)
+            if (!in_bounds(bound, tensors, tokens)) return false;  // Python says which
 
     size_t made = 0;
     try {
@@ -339,6 +366,7 @@ void call(const Op& op, StableIValue* stack, uint64_t outputs) {
     if (failed) throw std::runtime_error(op.unbound + " failed; see the message above");
     if (!python_error.empty()) {
         for (uint64_t i = 0; i < outputs; ++i) aoti_torch_delete_tensor_object(as<AtenTensorHandle>(stack[i]));
+        if (python_error_is_value_error) throw c10::ValueError({__func__, __FILE__, uint32_t(__LINE__)}, python_error);
         throw std::runtime_error(python_error);
     }
 }
@@ -367,7 +395,10 @@ void autofuse_set_cuda(const Cuda* functions) { cuda = *functions; }
 const char* autofuse_current_plan() { return current_plan; }
 
 // Said by the Python implementation in place of an exception, whose text the C ABI would lose.
-void autofuse_set_error(const char* message) { python_error = message; }
+void autofuse_set_error(const char* message, int is_value_error) {
+    python_error = message;
+    python_error_is_value_error = is_value_error != 0;
+}
 
 // Registers op `slot` (0 to MAX_OPS-1) for a dispatch key, "CPU" or "CUDA". Returns 0, or -1 if PyTorch refuses.
 int autofuse_register(int slot, const char* name, const char* unbound, const char* arg_types, const char* key) {
@@ -384,7 +415,7 @@ int autofuse_register(int slot, const char* name, const char* unbound, const cha
 void autofuse_bind(int slot, const char* plan, int on_gpu, int device_type, int device_index, int tensor_count,
                    const TensorGuard* tensors, int constant_count, const Constant* constants, int field_count,
                    const Field* fields, int result_count, const Result* results, int variant_count,
-                   const Variant* variants) {
+                   const Variant* variants, int bound_count, const Bound* bounds) {
     auto* entry = new Entry;
     entry->plan = plan;
     entry->device_type = device_type;
@@ -397,6 +428,7 @@ void autofuse_bind(int slot, const char* plan, int on_gpu, int device_type, int 
     entry->fields.assign(fields, fields + field_count);
     entry->results.assign(results, results + result_count);
     entry->variants.assign(variants, variants + variant_count);
+    entry->bounds.assign(bounds, bounds + bound_count);
     const std::lock_guard<std::mutex> lock(binding);
     const Entries* before = ops[slot].entries.load();
     auto* after = before ? new Entries(*before) : new Entries;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from autofuse.errors import UnsupportedCall
+from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.kernels_src import source_hash
-from autofuse.ops.binding import Binding, LaunchShape
+from autofuse.ops.binding import Binding, IndexBound, LaunchShape
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import SearchSpace
 from autofuse.targets import KernelSpec
@@ -102,6 +103,12 @@ class FusedOp(ABC):
     """PyTorch's schema of arguments and results. The last argument is ``str plan=""``."""
     shared: ClassVar[tuple[int, ...]] = ()
     """Indices of the arguments that all layers of a model share, and that therefore stay in the caches."""
+    bounds: ClassVar[tuple[IndexBound, ...]] = ()
+    """What the values of integer arguments may be. The first is of one that has as many as there are tokens.
+
+    Values are looked at on a CPU in every call; on a GPU, which has to be waited for, in the first call of a kind, or in
+    each with AUTOFUSE_CHECK_INDICES=1.
+    """
     kernels: ClassVar[Mapping[str, KernelSource]]
     """Kind of target → its kernel."""
 
@@ -209,6 +216,26 @@ class FusedOp(ABC):
     def with_defaults(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """All arguments but the plan, of a call without it of which PyTorch left out trailing defaults."""
         return (*args, *self._defaults[len(args) : -1])
+
+    def check_indices(self, args: Sequence[Any]) -> None:
+        """Raises BadInput for an integer argument that names a row which its tensor does not have (see ``bounds``).
+
+        It looks at the values, so on a GPU it waits for what was launched before.
+        """
+        for bound in self.bounds:
+            values, rows = args[bound.index], args[bound.of]
+            count = 0 if values is None or rows is None else math.prod(rows.shape[: bound.dims])
+            if count == 0:  # nothing is looked up, or there is nothing that could be written
+                continue
+            values = values[: len(args[self.bounds[0].index])]
+            wrong = (values >= count) if bound.padded else (values >= count) | (values < 0)
+            if wrong.any():
+                token = int(wrong.nonzero()[0])
+                names = [argument.name for argument in torch._C.parse_schema(self.name + self.schema).arguments]
+                raise BadInput(
+                    f"{self.name}: {names[bound.index]}[{token}] is {int(values[token])}, but {names[bound.of]} "
+                    f"{list(rows.shape)} has {count} rows"
+                )
 
     @cached_property
     def _defaults(self) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ANY", "ROWS", "Binding", "Field", "FieldKind", "LaunchShape", "Result", "TensorArg"]
+__all__ = ["ANY", "ROWS", "Binding", "Field", "FieldKind", "IndexBound", "LaunchShape", "Result", "TensorArg"]
 
 
 _MOST_TOKENS = 2**31 - 1  # kernels count tokens in 32 bits
@@ -42,6 +42,23 @@ class TensorArg:
     sizes: tuple[int | None, ...] | None
     align: int = 0
     constant: bool = False
+
+
+@dataclass(frozen=True)
+class IndexBound:
+    """What the values of an int64 argument, one for each token, may be: numbers of rows of another one.
+
+    Attributes:
+        index: the argument's place among the op's.
+        of: the place of the one that has the rows.
+        dims: how many leading dimensions of that one count rows: their product is how many there are.
+        padded: whether a negative value says that the token has no row.
+    """
+
+    index: int
+    of: int
+    dims: int = 1
+    padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
-from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
+from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, IndexBound, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, in_halves, rotate, scaled_to_fp8
@@ -214,7 +214,8 @@ class MlaRopeKvCacheCat(FusedOp):
             fp32. Plain and DeepSeek-scaled (YaRN) RoPE differ only in this table.
         slot_mapping: int64: block · block_size + row for each token. A token is padded, and writes no cache row (all
             else is computed for it), whose slot is negative or beyond the cache, or who has none because slot_mapping
-            is shorter than T. None: nothing is written.
+            is shorter than T. None: nothing is written. A slot beyond the cache raises ValueError where values are
+            looked at (see ``bounds``).
         kv_cache: written in place. None or without rows: nothing is written, as before a model has its cache. One of
             [blocks, block_size, latent_dim + rope_dim], a row holding kv_c, then k_pe; q_pe's dtype, or float8_e4m3fn;
             [blocks, block_size, latent_dim], as above, where there is a k_pe_cache;
@@ -235,6 +236,11 @@ class MlaRopeKvCacheCat(FusedOp):
     """
 
     name = "mla_rope_kv_cache_cat"
+    bounds = (
+        IndexBound(4, 5),  # positions: rows of cos_sin_cache
+        IndexBound(6, 7, dims=2, padded=True),  # slot_mapping: of kv_cache
+        IndexBound(6, 8, dims=2, padded=True),  # and of the cache of k_pe
+    )
     schema = (
         "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
         "Tensor? slot_mapping, Tensor(a!)? kv_cache, Tensor(b!)? k_pe_cache, Tensor? kv_scale, Tensor? q_scale, "

@@ -10,7 +10,7 @@ import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
-from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, LaunchShape, Result, TensorArg
+from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, IndexBound, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import (
@@ -174,7 +174,8 @@ class RopeKvCache(FusedOp):
         cos_sin_cache: [P, R], R ≤ D; a row holds R/2 cosines, then as many sines; q's dtype or fp32.
         slot_mapping: int64: block · block_size + row for each token. Where it is negative or beyond the cache, and for
             tokens behind its end, no row is written (all else is computed for them): padding, as under a CUDA graph.
-            None or empty: nothing is written.
+            None or empty: nothing is written. A slot beyond the cache raises ValueError where values are looked at (see
+            ``bounds``).
         k_cache, v_cache: [blocks, block_size, KV, D], written in place; q's dtype, or float8_e4m3fn; strided any way
             but in the last dimension. So one op serves every layout: NHD is contiguous; HND is a permuted view of
             [blocks, KV, block_size, D]; and a static cache of transformers, [B, KV, P, D], is ``transpose(1, 2)`` of
@@ -192,6 +193,11 @@ class RopeKvCache(FusedOp):
     """
 
     name = "rope_kv_cache"
+    bounds = (
+        IndexBound(_POSITIONS, _TABLE),
+        IndexBound(_SLOTS, _K_CACHE, dims=2, padded=True),
+        IndexBound(_SLOTS, _V_CACHE, dims=2, padded=True),
+    )
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin_cache, Tensor? slot_mapping, "
         "Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? q_scale, "

@@ -8,6 +8,7 @@ a kernel cannot do, the op's reference does: a call never fails for want of a ke
 from __future__ import annotations
 
 import logging
+import os
 from _thread import interrupt_main
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
@@ -32,6 +33,8 @@ _NATIVE_KEYS = ("CPU", "CUDA")
 # The implementation in Python serves all devices, and stays below the native one: no call ever finds none.
 _PYTHON_KEY = "CompositeExplicitAutograd"
 _ANY_TOKENS = 1 << 20  # so many that no constraint about too few tokens stands in the way
+CHECK_INDICES = os.environ.get("AUTOFUSE_CHECK_INDICES", "0") != "0"
+"""Whether every call on a GPU waits until its positions and slots can be looked at, rather than the first of a kind."""
 
 
 def load_kernel(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
@@ -125,6 +128,7 @@ class _PythonDispatcher:
         known = self._bound.setdefault((plan, device), [])
         for each in known:
             if each.binding.accepts(args):
+                self._check_indices(args, device, CHECK_INDICES)
                 return each(*args)
         kind = (
             plan,
@@ -132,8 +136,10 @@ class _PythonDispatcher:
         )
         if kind in self._refused:
             self._check(args)
+            self._check_indices(args, device, CHECK_INDICES)
             return self._op.reference(*args)
         bound = self._bind(plan, args, device)
+        self._check_indices(args, device, on_gpu=True)  # while binding takes its time anyway
         if bound is None or not bound.binding.accepts(args):
             self._refused.add(kind)  # the reasons were said once, and need no second search
             return self._op.reference(*args)
@@ -145,6 +151,14 @@ class _PythonDispatcher:
         """Raises BadInput for arguments that make no sense together; what is only unsupported passes."""
         with suppress(UnsupportedCall):
             self._op.problem_of(*args)
+
+    def _check_indices(self, args: Sequence[Any], device: torch.device, on_gpu: bool) -> None:
+        """Raises BadInput for positions and slots that do not exist; on a GPU, where that means waiting for it, only
+        ``on_gpu``, and not while a CUDA graph is captured.
+        """
+        if device.type != "cpu" and (not on_gpu or torch.cuda.is_current_stream_capturing()):
+            return
+        self._op.check_indices(args)
 
     def _bind(self, text: str, args: Sequence[Any], device: torch.device) -> BoundPlan | None:
         op = self._op
@@ -200,7 +214,7 @@ class OpRegistry:
         """
         if not self._tried_native:
             self._tried_native = True
-            self._native = load_native()
+            self._native = None if CHECK_INDICES else load_native()
             if self._native is not None:
                 for op in OPS.values():
                     self._native.register(op, _NATIVE_KEYS)
@@ -219,6 +233,8 @@ class OpRegistry:
         def call(*args: Any) -> Any:
             try:
                 return implementation(*op.split_plan(args))
+            except BadInput:
+                raise
             except AutofuseError as error:
                 raise RuntimeError(str(error)) from error  # what PyTorch's own ops raise
 
@@ -238,6 +254,8 @@ class OpRegistry:
             except KeyboardInterrupt:
                 interrupt_main()  # raised again as soon as Python runs
                 native.set_error(f"{op.name} was interrupted")
+            except BadInput as error:
+                native.set_error(str(error), is_value_error=True)
             except Exception as error:
                 native.set_error(str(error) if isinstance(error, (AutofuseError, RuntimeError)) else repr(error))
             return tuple(torch.empty(0) for _ in range(op.result_count))  # dropped, in favour of the error

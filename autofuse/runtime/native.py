@@ -97,6 +97,10 @@ class _Variant(ctypes.Structure):
     )
 
 
+class _Bound(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("arg", "rows_of", "dims", "padded"))
+
+
 class _Cuda(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
@@ -109,7 +113,7 @@ class NativeDispatcher:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._library.autofuse_set_error.argtypes = [ctypes.c_char_p]
+        self._library.autofuse_set_error.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._library.autofuse_current_plan.restype = ctypes.c_char_p
         self._slots: dict[str, int] = {}
         if torch.version.cuda and torch.cuda.is_available():
@@ -180,12 +184,15 @@ class NativeDispatcher:
             for result in binding.results
         ]
         native = [_native(variant) for variant in variants]
+        given = {arg.index for arg in binding.tensors}
+        bounds = [_Bound(b.index, b.of, b.dims, b.padded) for b in op.bounds if {b.index, b.of} <= given]
         tables = [
             *_table(_TensorGuard, tensors),
             *_table(_Constant, constants),
             *_table(_Field, fields),
             *_table(_Result, results),
             *_table(_Variant, native),
+            *_table(_Bound, bounds),
         ]
         on_gpu = device.type == "cuda"
         arguments = (self._slots[op.name], plan.encode(), int(on_gpu), int(on_gpu), device.index or 0, *tables)
@@ -199,9 +206,9 @@ class NativeDispatcher:
         """The plan of the native call that this Python call serves."""
         return bytes(self._library.autofuse_current_plan()).decode()
 
-    def set_error(self, message: str) -> None:
-        """Makes the native call that this Python call serves raise RuntimeError with ``message``."""
-        self._library.autofuse_set_error(message.encode())
+    def set_error(self, message: str, is_value_error: bool = False) -> None:
+        """Makes the native call that this Python call serves raise RuntimeError or ValueError with ``message``."""
+        self._library.autofuse_set_error(message.encode(), is_value_error)
 
 
 def load_native() -> NativeDispatcher | None:
@@ -215,7 +222,7 @@ def load_native() -> NativeDispatcher | None:
     include = libraries.parent / "include"
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DUSE_CUDA=1", f"-I{include}"]
     # -z defs: a PyTorch that lacks one of the functions shows now, not at the first call.
-    link = [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
+    link = [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
     try:
         path = build_host_library(_SOURCE, flags, link, torch.__version__)
         return NativeDispatcher(ctypes.CDLL(str(path)))
