@@ -84,6 +84,7 @@ def test_products_in_every_dialect_are_joined(product, quantise, tokens):
         "group": 128,
         "ue8m0": 0,
         "layout": 0,
+        "w_constant": False,
     }
     assert isinstance(site.tokens, torch.SymInt) if tokens is None else site.tokens == tokens
 
@@ -120,6 +121,45 @@ def test_every_format_gives_the_results_of_eager_in_their_own_shape_and_strides(
             torch.testing.assert_close(result.float(), right.float(), rtol=2**-3, atol=0.05)
         else:
             assert (result.view(torch.uint8) == right.view(torch.uint8)).float().mean() > 0.9
+
+
+class Layer(torch.nn.Module):
+    """W_UV as a model has it."""
+
+    def __init__(self, as_used, change=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(operands()[1].flatten().clone(), requires_grad=False)
+        self.register_buffer("buffer", operands()[1].clone())
+        self.register_buffer("exact", operands()[1].float())
+        self.as_used, self.change = as_used, change
+
+    def forward(self, latent):
+        result = keepdim(by_bmm(latent, self.as_used(self)))
+        if self.change is not None:
+            self.change(self)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("layer", "constant"),
+    [
+        (Layer(lambda self: self.buffer), True),
+        (Layer(lambda self: self.weight.view(HEADS, LATENT, VALUE)), True),
+        (Layer(lambda self: self.weight.view(LATENT, HEADS, VALUE).transpose(0, 1)), True),
+        (Layer(lambda self: self.weight.view(HEADS, VALUE, LATENT).transpose(1, 2).contiguous()), False),
+        (Layer(lambda self: self.exact.to(DTYPE)), False),
+        (Layer(lambda self: self.buffer, lambda self: self.buffer.mul_(2)), False),
+        (Layer(lambda self: self.buffer, lambda self: self.buffer[0].zero_()), False),
+    ],
+    ids=["buffer", "parameter", "view of one", "copy of one", "cast", "changed", "changed in part"],
+)
+def test_only_weights_that_nothing_writes_are_constant(layer, constant):
+    with without_code_generation(), torch.no_grad():
+        result = torch.compile(layer, backend="autofuse", options=FUSE)(operands()[0])
+    (site,) = last_reports()[-1].sites
+    assert site.fused, site
+    assert ("w_constant=1" in site.problem) == constant
+    assert result[0].dtype == torch.float8_e4m3fn
 
 
 def rewritten(function, *args, **options):

@@ -106,8 +106,8 @@ class FusedOp(ABC):
     bounds: ClassVar[tuple[IndexBound, ...]] = ()
     """What the values of integer arguments may be. The first is of one that has as many as there are tokens.
 
-    Values are looked at on a CPU in every call; on a GPU, which has to be waited for, in the first call of a kind, or in
-    each with AUTOFUSE_CHECK_INDICES=1.
+    Values are looked at on a CPU in every call; on a GPU, which has to be waited for, in the first call of a kind, or
+    in each with AUTOFUSE_CHECK_INDICES=1.
     """
     kernels: ClassVar[Mapping[str, KernelSource]]
     """Kind of target → its kernel."""

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Found, HeadwiseLinearBlock, QuantBlock
+from autofuse.graph.constants import is_constant
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation
 from autofuse.graph.recognise.nodes import concrete, is_call, tensor
@@ -29,11 +30,13 @@ class AttnQuantSite(Site):
         linear: o_latent times W_UV.
         quant: of its result.
         between: the views from the one to the other.
+        w_constant: whether W_UV is a weight of the model.
     """
 
     linear: HeadwiseLinearBlock
     quant: QuantBlock
     between: tuple[Node, ...]
+    w_constant: bool
 
     @property
     def nodes(self) -> frozenset[Node]:
@@ -74,6 +77,7 @@ class AttnQuant(Fusion):
                 quant.format.group,
                 quant.format.ue8m0,
                 int(quant.format.layout),
+                site.w_constant,
                 plan,
             )
             results = quantised(new, fused, quant, sized=linear.rows)
@@ -109,6 +113,7 @@ def _site(linear: HeadwiseLinearBlock, quant: QuantBlock) -> AttnQuantSite:
     between = linear.in_order[1 : linear.in_order.index(quant.input) + 1]
     value = tensor(linear.product)
     assert value is not None
+    w_constant = is_constant(linear.weight)
     refusal: str | None = None
     try:
         _check_readers(linear, quant)
@@ -125,6 +130,7 @@ def _site(linear: HeadwiseLinearBlock, quant: QuantBlock) -> AttnQuantSite:
             ("kv_lora_rank", linear.inner),
             ("v_head_dim", linear.outer),
             *quant.format.params,
+            ("w_constant", w_constant),
         ),
         tokens=linear.tokens,
         device=value.device,
@@ -133,6 +139,7 @@ def _site(linear: HeadwiseLinearBlock, quant: QuantBlock) -> AttnQuantSite:
         linear=linear,
         quant=quant,
         between=between,
+        w_constant=w_constant,
     )
 
 
