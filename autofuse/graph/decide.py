@@ -48,8 +48,8 @@ class Decision:
 
     Attributes:
         plan: what the fused op runs; None where the site is left alone, or rewritten without a kernel of ours.
-        rule: of the lookup, or what else decided: ``level``, ``refused``, ``unsupported``, ``target``, ``baseline``,
-            ``overlap``.
+        rule: of the lookup, or what else decided: ``level``, ``refused``, ``split``, ``flag`` (nothing to measure),
+            ``unsupported``, ``target``, ``baseline``, ``overlap``.
         reason: the same as a sentence.
         key: what was looked up; None where nothing was.
         winners: what answered, the bucket whose config runs first.

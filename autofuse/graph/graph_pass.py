@@ -248,7 +248,7 @@ def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
         _, winner, better = decided[rival]
         won, this = _merit(winner, better), _merit(site, decision)
         reason = f"{winner.op} ({winner.fusion}) replaces nodes of it and {won}; this one {this}"
-        result[index] = (fusion, site, replace(decision, plan=None, rule="overlap", reason=reason))
+        result[index] = (fusion, site, replace(decision, plan=None, rewrites=False, rule="overlap", reason=reason))
     return result
 
 

@@ -21,6 +21,7 @@ VERDICTS: Mapping[str, str] = {
     "baseline": "tuned, but never compared with Inductor's code",
     "off": "switched off",
     "refused": "refused",
+    "split": "an operator of it splits the graph",
     "unsupported": "no kernel computes it",
     "target": "no kernel runs here",
     "overlap": "another fusion takes its nodes",
