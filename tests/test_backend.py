@@ -127,7 +127,7 @@ def test_a_users_plain_function_switches_the_caches_off_as_it_would_without_us()
 
 SECOND_PROCESS = """
 import json, sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from models import HIDDEN, MlaLatents
 from autofuse.graph.report_store import last_reports
 torch.manual_seed(0)
@@ -142,7 +142,7 @@ print(json.dumps([bool(hit), report.from_cache, report.fused, [site.plan for sit
 
 
 def in_new_process(options):
-    script = SECOND_PROCESS.format(tests=str(Path(__file__).parent), options=options)
+    script = SECOND_PROCESS.format(path=sys.path, options=options)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

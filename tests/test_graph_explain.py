@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -277,7 +276,7 @@ def test_the_page_escapes_what_it_is_given():
 
 def test_every_verdict_has_words_and_every_rule_a_verdict():
     rules = ("exact", "between", "nearest", "range", "stale", "untuned")
-    rules += ("level", "refused", "unsupported", "target", "baseline", "overlap")
+    rules += ("level", "refused", "split", "unsupported", "target", "baseline", "overlap")
     site = SiteReport("f", "op", "", "", "", "cpu", "1", False, "", "", "", "")
     assert {replace(site, rule=rule).verdict for rule in rules} | {"fused"} == set(VERDICTS)
 
@@ -287,7 +286,7 @@ def test_every_verdict_has_words_and_every_rule_a_verdict():
 
 SECOND_PROCESS = """
 import json, sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from test_graph_explain import Model, hidden
 from autofuse.graph.explain import explain
 from autofuse.graph.report_store import last_reports
@@ -305,7 +304,7 @@ print(json.dumps([bool(hit), report.from_cache, report.to_json(), again.from_cac
 
 
 def in_new_process():
-    script = SECOND_PROCESS.format(tests=str(Path(__file__).parent))
+    script = SECOND_PROCESS.format(path=sys.path)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
