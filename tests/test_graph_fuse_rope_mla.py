@@ -172,18 +172,6 @@ def refusals(model, *args):
     return [site.refusal for fusion in (MlaRopeKvCacheCat(), RopeKvCache()) for site in fusion.match(found)]
 
 
-def test_neighbours_that_become_halves_are_refused():
-    """Hugging Face's DeepSeek-V3: its cache holds keys in another order than the op would write."""
-
-    def rope(x, table, positions):
-        cos, sin = (part.unsqueeze(1) for part in table[positions].chunk(2, dim=-1))
-        a, b = x[..., ::2], x[..., 1::2]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-    (why,) = refusals(Mla(rotate_by_cat(rope), mla_flat, absorbed=False), *hidden(), *latents(T))
-    assert "pairs neighbours of its input but halves of its result" in why
-
-
 def test_the_key_before_the_latent_is_refused():
     def write(cache, slots, kv_c, k_pe):
         cache.view(-1, LATENT + ROPE)[slots] = torch.cat([k_pe.squeeze(1), kv_c], dim=-1)
