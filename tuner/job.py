@@ -16,7 +16,7 @@ import torch
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
 from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, Problem, get_op
-from autofuse.runtime.dispatch import load_kernel, registry
+from autofuse.runtime.dispatch import bind_plan, load_kernel, registry
 from autofuse.runtime.plan import Plan
 from autofuse.targets import Artifact, Target, target_of, toolchain
 from autofuse.tuner.baselines import baseline_calls
@@ -252,9 +252,12 @@ class _BucketTuning:
     def _outcome(self, config: Config, facts: Mapping[str, Any]) -> Trial:
         """Verifies and times a config that compiles."""
         try:
-            call = self._load(config)
-            difference = verify(self._op, self._problem, self._tokens, call, self._device, self._effort)
-            timing = time_alone(runner(call, self._ring(), self._device, self._effort), self._effort.trial_rounds)
+            # Not through the dispatcher: it refuses indices that do not exist, and a kernel must stand them.
+            bound = bind_plan(self._op, self._plan(config), self._device)
+            difference = verify(self._op, self._problem, self._tokens, bound, self._device, self._effort)
+            timing = time_alone(
+                runner(self._load(config), self._ring(), self._device, self._effort), self._effort.trial_rounds
+            )
         except WrongResult as wrong:
             return self._trial(config, "wrong", message=str(wrong), **facts)
         except (LaunchError, RuntimeError) as failed:
@@ -278,9 +281,12 @@ class _BucketTuning:
     def _load(self, config: Config) -> Callable[..., Any]:
         """The config as a compiled graph would run it: through PyTorch's dispatcher, with a plan."""
         load_kernel(self._op, self._problem, config, self._device)  # raises where a call would run the reference
-        plan = str(Plan(self._target.arch, self._problem, ((self._tokens, config),)))
+        plan = str(self._plan(config))
         overload = getattr(torch.ops.autofuse, self._op.name).default
         return lambda *args: overload(*args, plan)
+
+    def _plan(self, config: Config) -> Plan:
+        return Plan(self._target.arch, self._problem, ((self._tokens, config),))
 
     def _final(self, configs: Sequence[Config]) -> Winner | None:
         """Chooses one of the best configs, measures it and the baselines in turns, and records these and the winner."""
