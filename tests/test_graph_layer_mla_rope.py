@@ -169,7 +169,11 @@ class OwnImpl(vllm_standins.MLAAttentionImpl):
         kv_cache.view(-1, LATENT + ROPE)[slots, :LATENT] = -kv_c
 
 
-@pytest.mark.parametrize("changes", [{"impl": OwnImpl()}, {"use_pcp": True}, {"hisparse_cache": object()}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"impl": OwnImpl()}, {"use_pcp": True}, {"hisparse_cache": object()}],
+    ids=lambda changes: "-".join(changes),
+)
 def test_a_layer_that_writes_in_another_way_is_asked_to(changes):
     model = Attention(NAMES[0])
     layer, _ = set_layers(**changes)
