@@ -131,6 +131,7 @@ def main() -> None:
         results = Results(options.json or PEERS.parent)
         generated = markdown(tables, results)
         DOCUMENT.write_text(replace_generated(DOCUMENT.read_text(encoding="utf-8"), generated), encoding="utf-8")
+        results.write(results.folder / "summary.json", summary(tables, results))
         return
     with tempfile.TemporaryDirectory() as scratch:
         results = Results(options.json or Path(scratch))

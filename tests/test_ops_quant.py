@@ -470,7 +470,9 @@ def test_programmatic_launch_quantises_what_the_kernel_before_it_wrote(tokens: i
     expected = []
     for args in inputs:
         q, _ = torch.ops.autofuse.mla_dual_rms_norm(*args)
-        expected.append(QUANT.reference(q, None, None, 0.0, False, 128, False, 0))
+        # On a CPU: a GPU divides by a number through its reciprocal, which is off by a unit now and then.
+        right = QUANT.reference(q.cpu(), None, None, 0.0, False, 128, False, 0)
+        expected.append([each.to(device) for each in right])
     first = next(c for c in before.kernel_source("cuda").space.configs(norms, tokens) if c["PDL"])
     ways = {(c["PDL"], c["PREFETCH"]): c for c in QUANT.kernel_source("cuda").space.configs(problem, tokens)}
     for way, config in ways.items():
