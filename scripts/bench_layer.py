@@ -41,7 +41,7 @@ from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import last_reports
 from autofuse.ops import Problem, get_op
-from autofuse.targets import parse_device, target_of, toolchain
+from autofuse.targets import Target, parse_device, target_of, toolchain
 from autofuse.tuner.budgets import EFFORTS, Effort
 from autofuse.tuner.job import Bucket, tune_buckets
 from autofuse.tuner.measure import Ring, gain, interleave, runner
@@ -122,15 +122,15 @@ def tuned_fusions(
     return [*dict.fromkeys(site.fusion for site in sites)]
 
 
-def plainly_launched(database: Path | None, to: Path, device: torch.device) -> None:
+def plainly_launched(database: Path | None, to: Path, target: Target) -> None:
     """Copies a device's winners into another database, without programmatic launch."""
-    target = target_of(device)
     with TunedDatabase(database) as source, TunedDatabase(to) as copy:
+        provenance = copy.record_provenance({"launched": "plainly"})
         for winner in source.winners(target=target):
-            if winner.config.get("PDL", 0):
-                config = launched_plainly(get_op(winner.problem.op), winner.problem, winner.config)
-                winner = replace(winner, config=config)
-            copy.record_winner(winner)
+            config = winner.config
+            if config.get("PDL", 0):
+                config = launched_plainly(get_op(winner.problem.op), winner.problem, config)
+            copy.record_winner(replace(winner, config=config, provenance=provenance))
 
 
 def measured_row(
@@ -148,7 +148,7 @@ def measured_row(
         variants |= {f"+{name}": {**everything, "autofuse.level": "O0", f"autofuse.{name}": True} for name in names}
     if device.type == "cuda":
         plain = Path(tempfile.mkdtemp()) / "plain.db"
-        plainly_launched(options.database, plain, device)
+        plainly_launched(options.database, plain, target_of(device))
         variants["launched plainly"] = {**everything, "autofuse.database": str(plain)}
     calls: dict[str, Callable[..., Any]] = {"eager": layer_call(widths, core)}
     reports: dict[str, GraphReport] = {}
