@@ -337,12 +337,15 @@ def slot_nodes(slots: Slots) -> list[Node]:
     return [slots.index, *([] if slots.blocks is None else [slots.blocks])]
 
 
-def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> Node:
-    """int64: block · block_size + row of each token; negative where nothing is written."""
-    if slots.skips_negative:
-        return slots.index
-    blocks, rows = write.layout[0][:2]
+def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> tuple[Node, bool]:
+    """(int64: block · block_size + row of each token; whether negative ones count from the end of the cache, or else
+    are of tokens of which nothing is written)
+    """
     index = slots.index
+    as_given = slots.blocks is None and not slots.per_block and len(shape(index)) == 1
+    if slots.skips_negative or (as_given and dtype_of(index) == torch.int64):
+        return index, not slots.skips_negative
+    blocks, rows = write.layout[0][:2]
 
     def build(new: Replacement) -> Node:
         if slots.per_block or slots.blocks is not None:
@@ -366,7 +369,7 @@ def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> Node
     inputs = [index, *([slots.blocks] if slots.blocks is not None else [])]
     if any(concrete(size) is None for size in (blocks, rows)):
         inputs.append(write.root)
-    return shared.get(("slots", str(slots), str(blocks), str(rows)), inputs, build)
+    return shared.get(("slots", str(slots), str(blocks), str(rows)), inputs, build), False
 
 
 def _from_end(new: Replacement, index: Node, size: Any) -> Node:

@@ -49,7 +49,7 @@ def _run(
     scale = k_scale if kv_cache is not None and kv_cache.dtype == torch.float8_e4m3fn else None
     rotated_by = (positions, cos_sin_cache)
     query, rotated = torch.ops.autofuse.mla_rope_kv_cache_cat(
-        *(q_nope, q_pe, kv_c, k_pe, *rotated_by, slots, kv_cache, None, scale, None, is_neox, deinterleave, plan)
+        *(q_nope, q_pe, kv_c, k_pe, *rotated_by, slots, kv_cache, None, scale, None, is_neox, deinterleave, False, plan)
     )
     if kv_cache is None:
         torch.ops.vllm.unified_mla_kv_cache_update(kv_c, rotated.unsqueeze(1), layer_name, kv_cache_dtype, k_scale)
@@ -71,7 +71,22 @@ def _fake(
     plan: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query, rotated = get_op("mla_rope_kv_cache_cat").fake(
-        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, None, None, None, None, None, is_neox, deinterleave)
+        *(
+            q_nope,
+            q_pe,
+            kv_c,
+            k_pe,
+            positions,
+            cos_sin_cache,
+            None,
+            None,
+            None,
+            None,
+            None,
+            is_neox,
+            deinterleave,
+            False,
+        )
     )
     return query, rotated, kv_c.new_empty(0)
 

@@ -125,7 +125,8 @@ class RopeKvCache(Fusion):
         with shared, spared, new:
             kept = [each for rope in (pair.q, pair.k) for each in replace_spared(spared, rope)]
             fused_k = k.build(new.call, k.rows.node)
-            slots = slots_of(shared, pair.key_write.slots, pair.key_write) if pair.key_write is not None else None
+            write = pair.key_write
+            slots, from_end = (None, False) if write is None else slots_of(shared, write.slots, write)
             fused, caches = call_writing(
                 new,
                 torch.ops.autofuse.rope_kv_cache.default,
@@ -145,6 +146,7 @@ class RopeKvCache(Fusion):
                     "is_neox": pair.q.is_neox,
                     "return_k": returns_key(pair),
                     "deinterleave": pair.q.reordered,
+                    "slots_from_end": from_end,
                     "plan": plan,
                 },
                 site.caches,
