@@ -1,4 +1,4 @@
-"""RoPE and vLLM's update of a GQA cache by its layer's name become one operator, which finds the cache as vLLM's does."""
+"""RoPE and vLLM's update of a GQA cache by its layer's name become one operator, which finds the cache when it runs."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ class FlashAttentionImpl:
     """A GQA layer's attention backend.
 
     Attributes:
-        pairs: the dimension of the cache that tells key from value, as vLLM had it up to 0.25; None if these lie side by
-            side in its rows.
+        pairs: the dimension of the cache that tells key from value, as vLLM had it up to 0.25; None if these are side
+            by side in its rows.
     """
 
     def __init__(self, kv_cache_dtype: str = "auto", pairs: int | None = None) -> None:
