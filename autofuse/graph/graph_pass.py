@@ -26,7 +26,7 @@ from autofuse.graph.recognise import recognise
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport, count_blocks
 from autofuse.graph.settings import PREFIX, Settings
 from autofuse.ops import OPS
-from autofuse.runtime.vllm_context import output_formats
+from autofuse.runtime.vllm_context import head_cache_kinds, output_formats
 from autofuse.targets import KINDS
 
 __all__ = ["FusionPass", "StoppedError", "sources_hash", "without_overlaps"]
@@ -222,8 +222,8 @@ class FusionPass(_AwarePass):
 
 def _layer_facts() -> list[str]:
     """What decisions depend on that only vLLM's layers know."""
-    formats = output_formats()
-    return [] if formats is None else [f"{name}={sorted(groups)}" for name, groups in sorted(formats.items())]
+    facts = [f"{name}={sorted(groups)}" for name, groups in sorted((output_formats() or {}).items())]
+    return facts + [f"{name}={cache}" for name, cache in sorted((head_cache_kinds() or {}).items())]
 
 
 Decided = tuple[Fusion, Site, Decision]
