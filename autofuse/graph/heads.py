@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, HeadRows, RopeBlock, RopeRead, Slots
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.moves import RefusedError, nodes_to_hoist
 from autofuse.graph.recognise.nodes import concrete, dtype_of, product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement
@@ -124,13 +124,13 @@ class HeadSource:
     @cached_property
     def _fake(self) -> torch.Tensor:
         value = tensor(self.rows.node)
-        return on_fakes(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
+        return _without_copy(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
 
 
-def on_fakes(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
+def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
     """The result of ``function(call)``, whose calls are made on fake tensors, and copy nothing. Raises RefusedError."""
-    mode = detect_fake_mode(values)
-    if mode is None or mode.shape_env is None:
+    mode = fake_mode_of(values)
+    if mode is None:
         raise RefusedError(f"{what}: it has no fake tensor")
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def on_fakes(function: Callable[[Call], Any], values: Sequence[Any], what: str) 
         args, kwargs = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         return target(*args, **kwargs)
 
-    with mode, mode.shape_env.suppress_guards():
+    with on_fakes(mode):
         try:
             return function(call)
         except (RuntimeError, ValueError):
@@ -403,7 +403,7 @@ class CacheArgument:
         if concrete(value.storage_offset()) != 0 and not self.is_whole:
             raise RefusedError(f"the cache {self.root} lies within another tensor")
         sizes, strides, offset = self.layout
-        return on_fakes(
+        return _without_copy(
             lambda call: call(aten.as_strided.default, value, sizes, strides, offset),
             [value],
             f"{self.root} cannot be seen as a cache",
