@@ -214,20 +214,24 @@ class MlaRopeKvCacheCat(FusedOp):
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
-        if not (model.get("kv_lora_rank") and model.get("qk_rope_head_dim") and model.get("num_attention_heads")):
+        """First what engines with absorbed attention make of it, such as vLLM; then Hugging Face transformers, with a
+        StaticCache (one tensor for the latent, one for the key) and with a cache that grows, which is not written in
+        place.
+        """
+        names = {"heads": "num_attention_heads", "rope_dim": "qk_rope_head_dim", "latent_dim": "kv_lora_rank"}
+        sizes = {name: model.get(key) for name, key in names.items()}
+        if not all(sizes.values()):
             return []
-        return [
-            self.make_problem(
-                dtype=dtype,
-                heads=model["num_attention_heads"],
-                nope_dim=model["kv_lora_rank"],
-                rope_dim=model["qk_rope_head_dim"],
-                latent_dim=model["kv_lora_rank"],
-                neox=False,
-                table=dtype,
-                cache="auto",
-            )
-        ]
+        halves = model.get("rope_interleave") is False
+        shared = {**sizes, "dtype": dtype, "neox": halves, "table": dtype}
+        found = [{**shared, "nope_dim": model["kv_lora_rank"], "cache": "auto"}]
+        if nope_dim := model.get("qk_nope_head_dim"):
+            # DeepSeek-V2 multiplies complex numbers of two fp32; all others rotate in their own dtype.
+            style = {"table": "fp32"} if model.get("model_type") == "deepseek_v2" else {"deinterleave": not halves}
+            whole = {**shared, **style, "nope_dim": nope_dim}
+            # Where nothing is cached, the key stands for the latent.
+            found += [{**whole, "cache": "auto_apart"}, {**whole, "cache": "none", "latent_dim": sizes["rope_dim"]}]
+        return [self.make_problem(**params) for params in found]
 
     def problem_of(self, *args: Any) -> Problem:
         q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *flags = args

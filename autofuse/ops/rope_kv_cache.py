@@ -249,6 +249,9 @@ class RopeKvCache(FusedOp):
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
+        """First with a cache that is written in place, paged or transformers' StaticCache, from which attention reads
+        the keys; then with one that grows, or none: the keys are returned.
+        """
         heads = model.get("num_attention_heads")
         width = model.get("head_dim") or (heads and model.get("hidden_size") and model["hidden_size"] // heads)
         if model.get("kv_lora_rank") or not (heads and width):
@@ -264,11 +267,12 @@ class RopeKvCache(FusedOp):
                 rope_dim=int(width * partial),
                 neox=model.get("model_type") not in _GPTJ_STYLE,
                 table=dtype,
-                cache="auto",
+                cache=cache,
                 qk_norm=model.get("model_type") in _QK_NORMED,
                 q_fp8=False,
-                return_k=False,
+                return_k=cache == "none",
             )
+            for cache in ("auto", "none")
         ]
 
     def problem_of(self, *args: Any) -> Problem:
