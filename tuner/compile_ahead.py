@@ -2,8 +2,7 @@
 
 A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling
 process and two threads there compile no faster than one, so each thread has a worker process that does it; what it
-compiles, the kernel cache hands over. The workers are started as commands rather than through ``multiprocessing``,
-which would run the user's own main module again.
+compiles, the kernel cache hands over.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +19,7 @@ from dataclasses import asdict
 from autofuse import errors
 from autofuse.errors import CompileError
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
+from autofuse.tuner.processes import start_module
 
 __all__ = ["CompilePool", "compile_pool"]
 
@@ -61,14 +60,8 @@ class CompilePool:
     def _in_worker(self, kind: str, arch: str, spec: KernelSpec) -> Artifact:
         worker = getattr(self._local, "worker", None)
         if worker is None or worker.poll() is not None:
-            command = [sys.executable, "-m", "autofuse.tuner.compile_worker"]
-            worker = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+            worker = start_module(
+                "autofuse.tuner.compile_worker", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
             self._local.worker = worker
             self._workers.append(worker)
