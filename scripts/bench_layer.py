@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -28,6 +29,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import autofuse
 from autofuse.cache_db import TunedDatabase
@@ -145,6 +148,7 @@ def measured_row(
         "gain_high": ratio.high,
         "to_reach": None if core or widths is not DEEPSEEK_V3_TP8 else TO_REACH.get(tokens),
         "error": errors,
+        "kernels_us": {name: kernel_times(calls[name], ring) for name in ("compile", "autofuse") if name in calls},
         "context": context,
         "sets": len(ring.sets),
         "sites": [
@@ -154,6 +158,21 @@ def measured_row(
         "near_misses": [str(miss) for miss in report.near_misses],
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def kernel_times(call: Call, ring: Ring) -> dict[str, float]:
+    """What each kernel of a call takes on the GPU, in µs, the longest first; kernels of one name together.
+
+    Without the gaps between them, which the CUDA graph's time has. Empty without a GPU.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for args in ring.sets:
+            call(*args)
+    times: Counter[str] = Counter()
+    for event in recorded.events() or ():
+        if event.device_type == DeviceType.CUDA:
+            times[event.name] += event.device_time / len(ring.sets)
+    return dict(times.most_common())
 
 
 def _error(results: Any, expected: Any) -> float:

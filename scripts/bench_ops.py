@@ -5,13 +5,15 @@
     python scripts/bench_ops.py --tables --json benchmarks/h200        # every table of benchmarks/h200/peers.json
     python scripts/bench_ops.py --tables --gpus 4 --effort quick       # its rows shared out over four GPUs
     python scripts/bench_ops.py --tables rope_kv_cache_8_1,mla_v_up_quant_h16 --resume --json benchmarks/h200
-    python scripts/bench_ops.py --chain --json benchmarks/h200         # recorded configs between GEMMs, PDL on and off
+    python scripts/bench_ops.py --chain --json benchmarks/h200         # between GEMMs, as in a model
     python scripts/bench_ops.py --markdown                             # writes the results into docs/performance.md
 
-What is not tuned yet is tuned first (into --database). All functions of a row are measured in turns, over inputs that
-rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a
-CPU it is the time of a call. docs/performance.md says what each column means. Rows are recorded as they are measured;
-one that fails, be it by taking the process down, is a row with an error, and the rest goes on.
+What is not tuned yet is tuned first (into --database, which is not the one that `autofuse tune` keeps). All functions
+of a row are measured in turns, over inputs that rotate beyond the last-level cache; the median counts. On a GPU that is
+device time, by replaying a CUDA graph in which one call follows the other, as other libraries' numbers were taken: both
+the tuning and the measurement; --chain shows what a model gets. On a CPU it is the time of a call. docs/performance.md
+says what each column means. Rows are recorded as they are measured; one that fails, be it by taking the process down,
+is a row with an error, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from autofuse.models import model_config
 from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import parse_device
 from autofuse.tuner.budgets import EFFORTS
-from bench.chain import chain_times
+from autofuse.tuner.job import Bucket, tune_buckets
+from bench.chain import chain_times, launched_plainly
 from bench.measuring import free_memory
 from bench.running import RowRun, facts, run_workers, source_hash
 from bench.showing import DOCUMENT, markdown, replace_generated, summary_lines, terminal_table
@@ -41,8 +44,9 @@ from bench.tables import PEERS, SMALL_TOKENS, Results, Table, load_tables, summa
 def measure(tables: list[Table], results: Results, options: argparse.Namespace) -> int:
     """Measures this process's share of the rows; returns an exit code."""
     device, (shard, shards) = parse_device(options.device), map(int, (options.shard or "0/1").split("/"))
+    effort = replace(EFFORTS[options.effort], neighbours=False)
     with TunedDatabase(options.database) as database:
-        run = RowRun(device, EFFORTS[options.effort], database, results, not options.no_compile_plus)
+        run = RowRun(device, effort, database, results, not options.no_compile_plus)
         run.say = lambda text: print(f"{shard}: {text}" if shards > 1 else text, flush=True)
         return run.run(all_rows(tables)[shard::shards])
 
@@ -57,22 +61,26 @@ def worker_command(tables: list[Table], results: Results, options: argparse.Name
     command += ["--peers", str(options.peers), "--json", str(results.folder)]
     command += ["--device", options.device, "--effort", options.effort]
     command += ["--no-compile-plus"] if options.no_compile_plus else []
-    return [*command, *(["--database", str(options.database)] if options.database else [])]
+    return [*command, "--database", str(options.database)]
 
 
 def chains(tables: list[Table], results: Results, options: argparse.Namespace) -> None:
-    """Times the recorded configs that launch programmatically between GEMMs, with and without that."""
-    device, rows = parse_device(options.device), []
+    """Times configs between GEMMs: the recorded one, that one launched plainly, and what the tuner chooses."""
+    device, effort, rows = parse_device(options.device), EFFORTS[options.effort], []
     for table in tables:
         for key, row in results.read(table.name)["rows"].items():
-            config = Config.parse(row.get("config", ""))
-            if int(key) > SMALL_TOKENS or not config.get("PDL", 0):
+            tokens, config = int(key), Config.parse(row.get("config", ""))
+            if tokens > SMALL_TOKENS or not config.get("PDL", 0):
                 continue
-            times = chain_times(table.problem, int(key), config, device, EFFORTS[options.effort])
+            with TunedDatabase(options.database) as database:
+                winners = tune_buckets([Bucket(table.problem, tokens)], device, database, effort)
+            configs = {"recorded": config, "plain": launched_plainly(get_op(table.problem.op), table.problem, config)}
+            configs |= {"tuned": winners[0].config} if winners else {}
+            times = chain_times(table.problem, tokens, configs, device, effort)
             free_memory(device)
-            rows.append({"table": table.name, "tokens": int(key), **times})
-            us = times["us"]
-            print(f"{table.name} T={key}: plain {us['plain']:.3g} µs, PDL {us['pdl']:.3g}, GEMMs {us['gemm']:.3g}")
+            rows.append({"table": table.name, "tokens": tokens, **times})
+            said = ", ".join(f"{name} {time_us:.3g}" for name, time_us in times["us"].items())
+            print(f"{table.name} T={key}: {said} µs", flush=True)
     Results.write(results.folder / "chain.json", {**facts(tables[0].problem, device), "rows": rows})
 
 
@@ -113,12 +121,12 @@ def parsed() -> argparse.Namespace:
     many.add_argument("--gpus", type=int, default=1, help="GPUs that share the rows")
     many.add_argument("--resume", action="store_true", help="keep rows of the present kernels that did not fail")
     many.add_argument("--shard", help="I/N: measure only this process's rows; what --gpus starts")
-    many.add_argument("--chain", action="store_true", help="time recorded configs between GEMMs, with and without PDL")
+    many.add_argument("--chain", action="store_true", help="time recorded and tuned configs between GEMMs")
     many.add_argument("--markdown", action="store_true", help=f"write the results in --json into {DOCUMENT.name}")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--effort", default="default", choices=sorted(EFFORTS))
     parser.add_argument("--no-compile-plus", action="store_true", help="leave out that column, which takes the longest")
-    parser.add_argument("--database", type=Path)
+    parser.add_argument("--database", type=Path, help="where to keep what is tuned; else it is forgotten")
     parser.add_argument("--json", type=Path, help="folder of the results: a file for each table, and summary.json")
     return parser.parse_args()
 
@@ -135,6 +143,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         results = Results(options.json or Path(scratch))
+        options.database = options.database or Path(scratch) / "tuned.db"
         if options.shard:
             sys.exit(measure(tables, results, options))
         if options.chain:

@@ -86,6 +86,23 @@ def test_tpe_finds_the_best_corner_sooner_than_chance() -> None:
     assert best == [1.0] * 5
 
 
+def test_the_last_trials_change_one_tunable_of_the_best() -> None:
+    times = run(new_search(effort=replace(EFFORT, trials=60, refinement=0.5, finalists=1)))
+    order = list(times)
+    for index in range(32, 60):
+        seen = order[: index - index % EFFORT.batch]  # what was told before its batch was proposed
+        best = min(times[config] for config in seen)
+        near = [config for config in seen if times[config] == best]
+        assert any(sum(order[index][name] != config[name] for name in config) <= 2 for config in near)
+
+
+def test_what_is_tried_first_is_tried_even_by_a_search_that_was_nearly_done() -> None:
+    known = dict(list(run(new_search(seed=3)).items())[:36])
+    best_elsewhere = next(config for config in SPACE.configs(PROBLEM, TOKENS) if config not in known)
+    search = search_for(SPACE, PROBLEM, TOKENS, known, [best_elsewhere], EFFORT, 0)
+    assert next(iter(run(search))) == best_elsewhere
+
+
 def test_tpe_does_not_stop_before_it_has_measured_enough_or_everything() -> None:
     space = NORMS.kernel_source("cpu").space
     small = list(space.configs(PROBLEM, 4))

@@ -81,6 +81,7 @@ class Effort:
         exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones by TPE.
         trials: configs measured per bucket by TPE, those already in the database included.
         startup_trials: of these, drawn at random before TPE has a model.
+        refinement: of these, the share at the end that goes to neighbours of the best.
         batch: configs that TPE proposes at once, so that they compile side by side.
         asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
         trial_rounds: timed rounds per config.
@@ -95,6 +96,9 @@ class Effort:
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
             do not stay in the last-level cache (H200: 60 MB).
         ring_sets: at most so many sets of inputs; tiny ones would need thousands.
+        neighbours: on a GPU, calls are timed between ordinary kernels that write what they read, as in a model. False:
+            one call directly after the other, with its inputs outside the L2 cache, as other libraries' benchmarks
+            do it.
         verify_seeds: random inputs that a config must compute rightly before it is timed.
         limits: after which a candidate is taken for one that never ends.
     """
@@ -102,6 +106,7 @@ class Effort:
     exhaustive_up_to: int = 64
     trials: int = 96
     startup_trials: int = 24
+    refinement: float = 1 / 3
     batch: int = 8
     asks_per_trial: int = 40
     trial_rounds: int = 7
@@ -114,6 +119,7 @@ class Effort:
     warmup_rounds: int = 2
     ring_bytes: int = 160 << 20
     ring_sets: int = 256
+    neighbours: bool = True
     verify_seeds: int = 2
     limits: Limits = Limits()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,11 +53,12 @@ class ExhaustiveSearch(Search):
 
 
 class TpeSearch(Search):
-    """optuna's tree-structured Parzen estimator over the tunables.
+    """optuna's tree-structured Parzen estimator over the tunables, then the neighbours of the best that it found.
 
-    What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed
-    and
-    the same times give the same proposals.
+    TPE draws each tunable by how often its values were good, which finds the right region soon, and then seldom the
+    one change that is left: on the H200 it missed the best by 4 to 6 % in large spaces. So the last trials are local
+    search. What the database knows already is told to it first, so an interrupted search goes on where it was. The
+    same seed and the same times give the same proposals.
 
     Args:
         known: config → µs, or None if it failed.
@@ -89,23 +91,16 @@ class TpeSearch(Search):
         )
         self._study = optuna.create_study(sampler=sampler)
         self._seen = set(known)
+        self._times = {config: time_us for config, time_us in known.items() if time_us is not None}
         self._configs = list(space.configs(problem, tokens))
         self._random = random.Random(seed)
-        self._asked: dict[Config, optuna.trial.Trial] = {}
+        self._asked: dict[Config, optuna.trial.Trial] = {}  # TPE's own proposals
         for config, time_us in known.items():
-            if self._refused(config):
-                continue
-            self._study.add_trial(
-                optuna.trial.create_trial(
-                    params=dict(config),
-                    distributions=self._distributions,
-                    value=time_us,
-                    state=optuna.trial.TrialState.COMPLETE if time_us is not None else optuna.trial.TrialState.FAIL,
-                )
-            )
-        for config in dict.fromkeys(first):
-            if config not in self._seen and not self._refused(config):
-                self._study.enqueue_trial(dict(config))
+            if not self._refused(config):
+                self._study.add_trial(self._told(config, time_us))
+        self._first = [
+            config for config in dict.fromkeys(first) if config not in self._seen and not self._refused(config)
+        ]
         left = sum(config not in self._seen for config in self._configs)
         self.total = max(min(effort.trials - len(self._seen), left), 0)
 
@@ -122,30 +117,65 @@ class TpeSearch(Search):
             yield batch
 
     def tell(self, config: Config, time_us: float | None) -> None:
-        trial = self._asked.pop(config)
-        if time_us is None:
+        if time_us is not None:
+            self._times[config] = time_us
+        if (trial := self._asked.pop(config, None)) is None:
+            self._study.add_trial(self._told(config, time_us))
+        elif time_us is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, time_us)
 
+    def _told(self, config: Config, time_us: float | None) -> optuna.trial.FrozenTrial:
+        """A finished trial that TPE did not propose."""
+        return optuna.trial.create_trial(
+            params=dict(config),
+            distributions=self._distributions,
+            value=time_us,
+            state=optuna.trial.TrialState.COMPLETE if time_us is not None else optuna.trial.TrialState.FAIL,
+        )
+
     def _ask(self) -> Config | None:
-        """A new config: TPE's, or any of the space where TPE insists on known ones; None if there are no more."""
+        """A new config; None if there are no more."""
+        config = self._first.pop(0) if self._first else None
+        if config is None and len(self._seen) >= self._effort.trials * (1 - self._effort.refinement):
+            config = self._near_the_best()
+        config = config or self._proposed() or self._any()
+        if config:
+            self._seen.add(config)
+        return config
+
+    def _proposed(self) -> Config | None:
+        """TPE's; None where it insists on what is known."""
         for _ in range(self._effort.asks_per_trial):
             trial = self._study.ask(self._distributions)
             config = Config.of(trial.params)
             if config not in self._seen and not self._refused(config):
-                self._seen.add(config)
                 self._asked[config] = trial
                 return config
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+
+    def _any(self) -> Config | None:
         left = [config for config in self._configs if config not in self._seen]
-        if not left:
-            return None
-        config = self._random.choice(left)
-        self._study.enqueue_trial(dict(config))
-        self._seen.add(config)
-        self._asked[config] = self._study.ask(self._distributions)
-        return config
+        return self._random.choice(left) if left else None
+
+    def _near_the_best(self) -> Config | None:
+        """A new config that differs in one tunable from one of the best; in two, if those are all known."""
+        best = sorted(self._times, key=self._times.__getitem__)[: self._effort.finalists]
+        for changes in (1, 2):
+            near = [config for each in best for config in self._neighbours(each, changes)]
+            if near:
+                return self._random.choice(near)
+        return None
+
+    def _neighbours(self, config: Config, changes: int) -> Iterator[Config]:
+        for tunables in itertools.combinations(self._space.tunables, changes):
+            for values in itertools.product(*(tunable.values for tunable in tunables)):
+                changed = {tunable.name: value for tunable, value in zip(tunables, values, strict=True)}
+                near = Config.of(config, **changed)
+                if near not in self._seen and not self._refused(near):
+                    yield near
 
 
 def search_for(

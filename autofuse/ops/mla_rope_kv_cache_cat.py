@@ -11,189 +11,30 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
-from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
-from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, IndexBound, LaunchShape, Result, TensorArg
-from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
+from autofuse.ops import mla_rope_kv_cache_cat_kernels as kernels
+from autofuse.ops.base import DTYPES, FusedOp, Tolerance, dtype_name
+from autofuse.ops.binding import Binding, IndexBound, LaunchShape
+from autofuse.ops.common import rows_apart
+from autofuse.ops.mla_rope_kv_cache_cat_kernels import (
+    CACHES,
+    DS_MLA_BYTES,
+    DS_MLA_GROUP,
+    DS_MLA_LATENT,
+    DS_MLA_ROPE,
+    DS_MLA_SCALES,
+    element_bytes,
+    fp8_query,
+    gpu_default,
+    kind_of_cache,
+)
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, in_halves, rotate, scaled_to_fp8
-from autofuse.ops.space import Constraint, SearchSpace, Tunable
+from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, rotate, scaled_to_fp8
 from autofuse.targets import KernelSpec
 
 __all__ = ["MlaRopeKvCacheCat"]
 
-
-@dataclass(frozen=True)
-class _CacheKind:
-    """What a problem's ``cache`` stands for.
-
-    Attributes:
-        code: the kernels' constant CACHE.
-        apart: k_pe has a cache of its own.
-    """
-
-    code: int
-    apart: bool = False
-
-
-_CACHES = {
-    "none": _CacheKind(0),
-    "auto": _CacheKind(1),
-    "fp8": _CacheKind(2),
-    "fp8_ds_mla": _CacheKind(3),
-    "auto_apart": _CacheKind(1, apart=True),
-    "fp8_apart": _CacheKind(2, apart=True),
-}
 _QUERIES = ("auto", "fp8")
-_DS_MLA_LATENT, _DS_MLA_ROPE, _DS_MLA_GROUP = 512, 64, 128
-_DS_MLA_SCALES = slice(_DS_MLA_LATENT, _DS_MLA_LATENT + 16)  # bytes of a row
-_DS_MLA_BYTES = _DS_MLA_SCALES.stop + 2 * _DS_MLA_ROPE
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_LOAD_REGISTERS = 64  # 32-bit registers of a thread for units in flight
-_WARP = 32
-_SORTED_TOKENS = 64  # the ordinary CHUNK
-
-
-def _bytes(problem: Problem) -> int:
-    return DTYPES[str(problem["dtype"])].itemsize
-
-
-def _kind(problem: Problem) -> _CacheKind:
-    return _CACHES[str(problem["cache"])]
-
-
-def _fp8_query(problem: Problem) -> bool:
-    return dict(problem.params).get("query", "auto") == "fp8"
-
-
-def _units(problem: Problem, size: int) -> int:
-    """A token's units of ``size`` elements: see the kernel."""
-    heads, latents = problem.int("heads"), problem.int("latent_dim") if _kind(problem).code else 0
-    rotated = (heads + 1) * problem.int("rope_dim") // (2 if in_halves(problem) else 1)
-    return (heads * problem.int("nope_dim") + latents + rotated) // size
-
-
-def _size(config: Mapping[str, int], problem: Problem) -> int:
-    """Elements of a vector."""
-    return config["VEC_BYTES"] // _bytes(problem)
-
-
-def _whole_units(config: Config, problem: Problem, tokens: int) -> bool:
-    size = _size(config, problem)
-    rotated = problem.int("rope_dim") // (2 if in_halves(problem) else 1)
-    # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if in_halves(problem) else size // 2
-    return (
-        size >= 2
-        and angles * DTYPES[str(problem["table"])].itemsize >= 4
-        and all(width % size == 0 for width in (problem.int("nope_dim"), problem.int("latent_dim"), rotated))
-    )
-
-
-def _whole_groups(config: Config, problem: Problem, tokens: int) -> bool:
-    if problem["cache"] != "fp8_ds_mla":
-        return True
-    return _DS_MLA_GROUP // _size(config, problem) <= _WARP and config["CHUNK"] % _SORTED_TOKENS == 0
-
-
-def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
-    vector = config["VEC_BYTES"] // 4
-    angles = vector * DTYPES[str(problem["table"])].itemsize // _bytes(problem)
-    unit = 2 * vector + 2 * angles if in_halves(problem) else vector + angles
-    return config["UNROLL"] * unit <= _LOAD_REGISTERS
-
-
-_GPU_SPACE = SearchSpace(
-    (
-        Tunable("THREADS", (256, 128, 512, 64), "threads per block: fewer blocks, against less even load"),
-        Tunable("UNROLL", (1, 2, 4, 8), "units per thread: more loads in flight, against registers and fewer blocks"),
-        Tunable("VEC_BYTES", (16, 8, 4, 32), "bytes per vector: fewer instructions, against more alignment"),
-        Tunable(
-            "CHUNK",
-            (_SORTED_TOKENS, 1, 1024),
-            "tokens whose units are sorted by kind: long chains of loads begin first, against rows written whole",
-        ),
-        Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
-        Tunable("PREFETCH", (0, 1, 2, 4), "with PDL, blocks per SM that pull their input into L2 while waiting"),
-        Tunable(
-            "GUESS",
-            (0, 1),
-            "blocks that prefetch look at the positions too: the table is loaded one round trip earlier, against a "
-            "load more",
-        ),
-    ),
-    (
-        Constraint(
-            "widths, halves of what is rotated, and what is read of the table must be whole vectors", _whole_units
-        ),
-        Constraint("the groups of fp8_ds_mla lie within a warp, and begin with a chunk", _whole_groups),
-        Constraint(
-            "32 bytes are two loads either way: they save stores where the query is fp8",
-            lambda c, p, t: c["VEC_BYTES"] <= 16 or _fp8_query(p),
-        ),
-        Constraint(f"the units in flight must fit {_LOAD_REGISTERS} registers of a thread", _fits_registers),
-        Constraint(
-            "a block that takes more than there is does nothing for the rest",
-            lambda c, p, t: c["THREADS"] * c["UNROLL"] <= max(2 * t * _units(p, max(_size(c, p), 1)), 64),
-        ),
-        Constraint(
-            "a chunk of more tokens than there are is like a smaller one, and a single token is sorted",
-            lambda c, p, t: c["CHUNK"] == _SORTED_TOKENS or t > min(c["CHUNK"], _SORTED_TOKENS),
-        ),
-        Constraint(
-            "the units of a chunk are counted in 30 bits",
-            lambda c, p, t: c["CHUNK"] * _units(p, max(_size(c, p), 1)) < 1 << 30,
-        ),
-        Constraint(
-            "only a kernel with PDL waits, so only it can prefetch meanwhile",
-            lambda c, p, t: c["PDL"] > 0 or c["PREFETCH"] == 0,
-        ),
-        Constraint(
-            "only blocks that prefetch look at positions beforehand",
-            lambda c, p, t: c["PREFETCH"] > 0 or c["GUESS"] == 0,
-        ),
-    ),
-)
-
-# What AMD has no choice in: warps of 64 lanes, and nothing like programmatic dependent launch.
-_HIP_FIXED = {
-    "WARP_SIZE": (64, "lanes of a warp"),
-    "PDL": (0, "only NVIDIA has it"),
-    "PREFETCH": (0, "only with PDL"),
-    "GUESS": (0, "only with PDL"),
-}
-_HIP_SPACE = SearchSpace(
-    (
-        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
-        *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
-    ),
-    _GPU_SPACE.constraints,
-)
-
-_CPU_SPACE = SearchSpace(
-    (
-        *THREADING,
-        Tunable("VECTOR_BYTES", (64, 32), "SIMD width: fewer instructions, against a lower clock on some CPUs"),
-    ),
-    THREADING_CONSTRAINTS,
-)
-
-
-def _gpu_default(problem: Problem, tokens: int) -> Config:
-    config = Config.of(THREADS=256, UNROLL=1, CHUNK=_SORTED_TOKENS, READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
-    for size in (16, 8, 4):
-        chosen = Config.of(config, VEC_BYTES=size)
-        if _whole_units(chosen, problem, tokens) and _whole_groups(chosen, problem, tokens):
-            return chosen
-    raise UnsupportedCall(f"{problem}: its widths are no whole number of 4-byte vectors")
-
-
-def _hip_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(_gpu_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
-
-
-def _cpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=1 if tokens <= 4 else most_threads(tokens), SERIAL_ROWS=0, VECTOR_BYTES=32)
 
 
 class MlaRopeKvCacheCat(FusedOp):
@@ -248,11 +89,7 @@ class MlaRopeKvCacheCat(FusedOp):
     )
     mutates = (7, 8)
     shared = (4, 5, 6)
-    kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_rope_kv_cache_cat.cu", _GPU_SPACE, _gpu_default),
-        "hip": KernelSource("mla_rope_kv_cache_cat.cu", _HIP_SPACE, _hip_default),
-        "cpu": KernelSource("mla_rope_kv_cache_cat.cpp", _CPU_SPACE, _cpu_default),
-    }
+    kernels = kernels.KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -316,7 +153,7 @@ class MlaRopeKvCacheCat(FusedOp):
         rounded_once = Tolerance(relative=relative, absolute=8 * torch.finfo(torch.float32).eps + 1e-6, usual=usual)
         if result >= 2 and problem["cache"] == "fp8_ds_mla":
             return _PackedTolerance(relative, rounded_once.absolute, usual, dtype=str(problem["dtype"]))
-        if (result == 0 and _fp8_query(problem)) or (result >= 2 and _kind(problem).code == 2):
+        if (result == 0 and fp8_query(problem)) or (result >= 2 and kind_of_cache(problem).code == 2):
             return Tolerance(relative=E4M3_EPSILON, absolute=E4M3_SMALLEST, usual=0.505 * E4M3_EPSILON)
         return rounded_once
 
@@ -338,7 +175,7 @@ class MlaRopeKvCacheCat(FusedOp):
         if names["table"] not in (names["dtype"], "fp32"):
             raise UnsupportedCall(f"{self.name}: cos_sin_cache is {names['table']}, neither {names['dtype']} nor fp32")
         query = params.get("query", "auto")
-        for name, value, known in (("cache", params["cache"], tuple(_CACHES)), ("query", query, _QUERIES)):
+        for name, value, known in (("cache", params["cache"], tuple(CACHES)), ("query", query, _QUERIES)):
             if value not in known:
                 raise UnsupportedCall(f"{self.name}: {name} {value!r} is none of {', '.join(known)}")
         widths = {name: int(params[name]) for name in ("heads", "nope_dim", "rope_dim", "latent_dim")}
@@ -359,10 +196,10 @@ class MlaRopeKvCacheCat(FusedOp):
         if min(widths["heads"], widths["rope_dim"], widths["latent_dim"]) < 1 or widths["rope_dim"] % 2:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim even")
         if problem["cache"] == "fp8_ds_mla" and (
-            (widths["latent_dim"], widths["rope_dim"]) != (_DS_MLA_LATENT, _DS_MLA_ROPE) or _bytes(problem) != 2
+            (widths["latent_dim"], widths["rope_dim"]) != (DS_MLA_LATENT, DS_MLA_ROPE) or element_bytes(problem) != 2
         ):
             raise UnsupportedCall(f"{problem}: fp8_ds_mla is for bf16 or fp16, latent_dim 512 and rope_dim 64")
-        _gpu_default(problem, 1)  # raises where not even the narrowest vectors fit
+        gpu_default(problem, 1)  # raises where not even the narrowest vectors fit
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
@@ -449,12 +286,12 @@ class MlaRopeKvCacheCat(FusedOp):
     ) -> str:
         """The problem's ``cache`` of a call that writes one."""
         packed = cache.dtype == torch.uint8
-        if packed and (k_pe_cache is not None or (latent_dim, rope_dim) != (_DS_MLA_LATENT, _DS_MLA_ROPE)):
+        if packed and (k_pe_cache is not None or (latent_dim, rope_dim) != (DS_MLA_LATENT, DS_MLA_ROPE)):
             raise BadInput(
                 f"{self.name}: a kv_cache of uint8 is fp8_ds_mla, whose rows hold a latent of 512 and a k_pe of 64 "
                 "elements, and needs no k_pe_cache"
             )
-        width = _DS_MLA_BYTES if packed else latent_dim + (rope_dim if k_pe_cache is None else 0)
+        width = DS_MLA_BYTES if packed else latent_dim + (rope_dim if k_pe_cache is None else 0)
         if cache.dim() != 3 or cache.shape[2] != width:
             raise BadInput(f"{self.name}: kv_cache {list(cache.shape)} is not [blocks, block_size, {width}]")
         if packed:
@@ -490,11 +327,11 @@ class MlaRopeKvCacheCat(FusedOp):
         table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(DTYPES[str(problem["table"])])
         slots: torch.Tensor | None = None
         caches: list[torch.Tensor | None] = [None, None]
-        if _kind(problem).code:
+        if kind_of_cache(problem).code:
             blocks = -(-tokens // 64) + 1
             slots = torch.randperm(blocks * 64, device=device, generator=generator)[:tokens]
             caches = _caches(problem, random(blocks, 64, latent + rope))
-        scaled, fp8 = _kind(problem).code == 2, _fp8_query(problem)
+        scaled, fp8 = kind_of_cache(problem).code == 2, fp8_query(problem)
         return (
             random(heads, tokens, nope).transpose(0, 1) if nope else None,
             query[:, :, 128:],
@@ -534,7 +371,7 @@ class MlaRopeKvCacheCat(FusedOp):
         table = rows_apart(torch.cat([angles.cos(), angles.sin()], dim=-1).to(table_dtype), 1)
         slots: torch.Tensor | None = None
         caches: list[torch.Tensor | None] = [None, None]
-        if _kind(problem).code:
+        if kind_of_cache(problem).code:
             size = 5 + seeds[4] % 14
             blocks = -(-tokens // size) + 2
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
@@ -557,8 +394,8 @@ class MlaRopeKvCacheCat(FusedOp):
             table,
             slots,
             *caches,
-            scales[0] if _kind(problem).code == 2 else None,
-            scales[1] if _fp8_query(problem) else None,
+            scales[0] if kind_of_cache(problem).code == 2 else None,
+            scales[1] if fp8_query(problem) else None,
             bool(problem["neox"]),
             deinterleaves(problem),
         )
@@ -593,13 +430,13 @@ class MlaRopeKvCacheCat(FusedOp):
 
     def random_problem(self, source: random.Random) -> Problem:
         """1 to 128 heads, as often few as many; widths that fit wide vectors, or only narrow ones."""
-        cache = source.choice(list(_CACHES))
+        cache = source.choice(list(CACHES))
         dtype = source.choice(["bf16", "fp16"] if cache == "fp8_ds_mla" else list(DTYPES))
         heads, step = int(2 ** source.uniform(0, 7.01)), source.choice([2, 4, 8, 16])
         most = 1024 // heads + 1  # words of a head
         rope, latent = source.randint(1, min(most, 32)) * 2 * step, source.randint(1, 32) * step
         if cache == "fp8_ds_mla":
-            rope, latent, step = _DS_MLA_ROPE, _DS_MLA_LATENT, max(step, 4)
+            rope, latent, step = DS_MLA_ROPE, DS_MLA_LATENT, max(step, 4)
         style = source.choice(["NeoX", "GPT-J", "apart"])
         return self.make_problem(
             dtype=dtype,
@@ -616,118 +453,26 @@ class MlaRopeKvCacheCat(FusedOp):
         )
 
     def bytes_moved(self, problem: Problem, tokens: int) -> int:
-        size, heads, kind = _bytes(problem), problem.int("heads"), _kind(problem)
+        size, heads, kind = element_bytes(problem), problem.int("heads"), kind_of_cache(problem)
         rope, latent, nope = problem.int("rope_dim"), problem.int("latent_dim"), problem.int("nope_dim")
         query = heads * (nope + rope)
         read = (query + rope) * size + rope * DTYPES[str(problem["table"])].itemsize + 8
-        written = query * (1 if _fp8_query(problem) else size) + rope * size
+        written = query * (1 if fp8_query(problem) else size) + rope * size
         if kind.code:
             read += latent * size + 8
-            written += {1: (latent + rope) * size, 2: latent + rope, 3: _DS_MLA_BYTES}[kind.code]
+            written += {1: (latent + rope) * size, 2: latent + rope, 3: DS_MLA_BYTES}[kind.code]
         return tokens * (read + written)
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
-        return KernelSpec(
-            source=self.kernel_source(kind).file,
-            entry=self.name,
-            defines={
-                "ELEMENT": str(problem["dtype"]),
-                "TABLE": str(problem["table"]),
-                "HEADS": problem.int("heads"),
-                "NOPE": problem.int("nope_dim"),
-                "ROPE": problem.int("rope_dim"),
-                "LATENT": problem.int("latent_dim"),
-                "NEOX": problem.int("neox"),
-                "DEINTERLEAVE": int(deinterleaves(problem)),
-                "CACHE": _kind(problem).code,
-                "APART": int(_kind(problem).apart),
-                "Q_FP8": int(_fp8_query(problem)),
-                **config,
-            },
-            params_format=self.binding(problem).params_format,
-            block=1 if kind == "cpu" else config["THREADS"],
-            programmatic_launch=bool(config.get("PDL", 0)),
-        )
+        return kernels.spec(kind, problem, config)
 
     def binding(self, problem: Problem) -> Binding:
-        dtype, table = DTYPES[str(problem["dtype"])], DTYPES[str(problem["table"])]
-        heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
-        cache, fp8_query = _kind(problem), _fp8_query(problem)
-        pointer, stride = FieldKind.POINTER, FieldKind.STRIDE
-        # An integer that the kernel does not read is some other one.
-        no_pointer, no_size = Field(FieldKind.NOTHING), Field(FieldKind.TOKENS)
-
-        def paged(index: int, present: bool) -> tuple[Field, ...]:
-            if not present:
-                return no_pointer, no_pointer, no_pointer, no_size, no_size
-            sizes = Field(FieldKind.SIZE, index, 0), Field(FieldKind.SIZE, index, 1)
-            return Field(pointer, index), Field(stride, index, 0), Field(stride, index, 1), *sizes
-
-        tensors = [
-            TensorArg(4, torch.int64, (None,), align=1),
-            TensorArg(1, dtype, (ROWS, heads, rope)),
-            TensorArg(2, dtype, (ROWS, latent)),
-            TensorArg(3, dtype, (ROWS, rope)),
-            TensorArg(5, table, (ANY, rope)),
-        ]
-        tensors += [TensorArg(0, dtype, (ROWS, heads, nope))] if nope else []
-        if cache.code:
-            stored = {1: dtype, 2: torch.float8_e4m3fn, 3: torch.uint8}[cache.code]
-            width = _DS_MLA_BYTES if cache.code == 3 else latent + (0 if cache.apart else rope)
-            # Rows of fp8 begin where dense ones would: at multiples of the largest power of two in their widths.
-            align = {1: 0, 2: (latent | rope | 16) & -(latent | rope | 16), 3: 16}[cache.code]
-            tensors.append(TensorArg(6, torch.int64, (ANY,), align=1))
-            tensors.append(TensorArg(7, stored, (ANY, ANY, width), align=align))
-            tensors += [TensorArg(8, stored, (ANY, ANY, rope), align=align)] if cache.apart else []
-        tensors += [TensorArg(9, torch.float32, None, align=1)] if cache.code == 2 else []
-        tensors += [TensorArg(10, torch.float32, None, align=1)] if fp8_query else []
-        absent = {0: not nope, 7: not cache.code, 8: bool(cache.code) and not cache.apart, 10: not fp8_query}
-        return Binding(
-            tensors=tuple(tensors),
-            constants=((11, bool(problem["neox"])), (12, deinterleaves(problem))),
-            absent=tuple(index for index, is_absent in absent.items() if is_absent),
-            fields=(
-                Field(pointer, 0) if nope else no_pointer,
-                Field(pointer, 1),
-                Field(pointer, 2),
-                Field(pointer, 3),
-                Field(pointer, 4),
-                Field(pointer, 5),
-                Field(pointer, 6) if cache.code else no_pointer,
-                Field(pointer, 9) if cache.code == 2 else no_pointer,
-                Field(pointer, 10) if fp8_query else no_pointer,
-                Field(FieldKind.RESULT, 0),
-                Field(FieldKind.RESULT, 1),
-                Field(stride, 0, 0) if nope else no_pointer,
-                Field(stride, 0, 1) if nope else no_pointer,
-                Field(stride, 1, 0),
-                Field(stride, 1, 1),
-                Field(stride, 2, 0),
-                Field(stride, 3, 0),
-                Field(stride, 5, 0),
-                *paged(7, bool(cache.code)),
-                *paged(8, cache.apart),
-                Field(FieldKind.TOKENS),
-                Field(FieldKind.SIZE, 6, 0) if cache.code else no_size,
-                Field(FieldKind.SIZE, 5, 0),
-            ),
-            params_format="P" * 11 + "q" * 7 + 2 * "Pqqii" + "iii",
-            results=(
-                Result(torch.float8_e4m3fn if fp8_query else dtype, (None, heads, nope + rope)),
-                Result(dtype, (None, rope)),
-            ),
-        )
+        return kernels.binding(problem)
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
-        if "VEC_BYTES" not in config:
-            return LaunchShape()
-        return LaunchShape(
-            units_per_token=_units(problem, _size(config, problem)),
-            units_per_block=config["THREADS"] * config["UNROLL"],
-            align=min(config["VEC_BYTES"], 16),
-        )
+        return kernels.launch_shape(problem, config)
 
 
 @dataclass(frozen=True)
@@ -750,9 +495,9 @@ class _PackedTolerance(Tolerance):
 
 def _caches(problem: Problem, rows: torch.Tensor) -> list[torch.Tensor | None]:
     """kv_cache and k_pe_cache of a problem, with the values of ``rows`` [..., latent_dim + rope_dim]."""
-    kind, latent = _kind(problem), problem.int("latent_dim")
+    kind, latent = kind_of_cache(problem), problem.int("latent_dim")
     if kind.code == 3:
-        return [rows.view(torch.uint8)[..., :_DS_MLA_BYTES].contiguous(), None]  # whatever bytes
+        return [rows.view(torch.uint8)[..., :DS_MLA_BYTES].contiguous(), None]  # whatever bytes
     rows = rows.to(torch.float8_e4m3fn) if kind.code == 2 else rows
     return [rows[..., :latent].clone(), rows[..., latent:].clone()] if kind.apart else [rows, None]
 
@@ -794,7 +539,7 @@ def _rotated(
 
 def _packed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
     """Rows of fp8_ds_mla, in the arithmetic of kv_c's dtype."""
-    groups = kv_c.unflatten(-1, (-1, _DS_MLA_GROUP))
+    groups = kv_c.unflatten(-1, (-1, DS_MLA_GROUP))
     scales = (groups.abs().amax(-1) / E4M3_MAX).clamp(min=_SMALLEST_NORMAL).float()
     codes = (groups / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(-2)
     return torch.cat([part.contiguous().view(torch.uint8) for part in (codes, scales, k_pe)], dim=-1)
@@ -802,7 +547,7 @@ def _packed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes as values, scales and k_pe of rows of fp8_ds_mla."""
-    codes, scales, k_pe = rows.tensor_split((_DS_MLA_SCALES.start, _DS_MLA_SCALES.stop), dim=-1)
+    codes, scales, k_pe = rows.tensor_split((DS_MLA_SCALES.start, DS_MLA_SCALES.stop), dim=-1)
     return (
         codes.contiguous().view(torch.float8_e4m3fn).float(),
         scales.contiguous().view(torch.float32),

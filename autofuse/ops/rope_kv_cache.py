@@ -9,154 +9,52 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
-from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
-from autofuse.ops.binding import ANY, ROWS, Binding, Field, FieldKind, IndexBound, LaunchShape, Result, TensorArg
-from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
+from autofuse.ops import rope_kv_cache_kernels as kernels
+from autofuse.ops.base import DTYPES, FusedOp, Tolerance, dtype_name
+from autofuse.ops.binding import Binding, IndexBound, LaunchShape
+from autofuse.ops.common import rows_apart
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import (
     E4M3_EPSILON,
     E4M3_MAX,
     E4M3_SMALLEST,
     deinterleaves,
-    in_halves,
     rotate,
     scaled_to_fp8,
     write_rows,
 )
-from autofuse.ops.space import Constraint, SearchSpace, Tunable
+from autofuse.ops.rope_kv_cache_kernels import (
+    CACHES,
+    E4M3,
+    EPS,
+    K_CACHE,
+    K_SCALE,
+    POSITIONS,
+    Q_SCALE,
+    Q_WEIGHT,
+    RETURN_K,
+    SLOTS,
+    TABLE,
+    V_CACHE,
+    V_SCALE,
+    K,
+    Q,
+    V,
+    element_bytes,
+    fp8_cache,
+    heads_of,
+    widest_vector,
+)
 from autofuse.targets import KernelSpec
 
 __all__ = ["RopeKvCache"]
 
-_CACHES = ("none", "auto", "fp8", "fp8_per_head")
-_E4M3 = torch.float8_e4m3fn
-_VECTOR_BYTES = (16, 8, 4)
-_WARP = 32
 _LARGEST_NORMED = 8.0  # of elements of an RMS-normed head times its weight, but for one in many millions
 _SMALLEST_SCALE = 0.25  # of those that are verified with
-
-# Arguments, by their place in the schema.
-_Q, _K, _V, _POSITIONS, _TABLE, _SLOTS, _K_CACHE, _V_CACHE, _K_SCALE, _V_SCALE = range(10)
-_Q_SCALE, _Q_WEIGHT, _K_WEIGHT, _EPS, _NEOX, _RETURN_K, _DEINTERLEAVE = range(10, 17)
 
 # Models with a rotary embedding like GPT-J's, and models that norm each q and k head first, by Hugging Face model_type.
 _GPTJ_STYLE = ("codegen", "cohere", "cohere2", "glm", "glm4", "gptj")
 _QK_NORMED = ("qwen3", "qwen3_moe")
-
-
-def _bytes(problem: Problem) -> int:
-    return DTYPES[str(problem["dtype"])].itemsize
-
-
-def _fp8_cache(problem: Problem) -> bool:
-    return problem["cache"] in ("fp8", "fp8_per_head")
-
-
-def _heads(problem: Problem) -> int:
-    """Heads of a token that the kernel handles: of q, of k unless nobody wants it, of v if it is cached."""
-    cached = problem["cache"] != "none"
-    return problem.int("heads") + problem.int("kv_heads") * (cached + (cached or bool(problem["return_k"])))
-
-
-def _lanes(problem: Problem, size: int) -> int:
-    """Threads that share a head, each with two vectors of ``size`` elements; a power of two where they sum."""
-    pairs = problem.int("head_dim") // (2 * size)
-    return 1 << (pairs - 1).bit_length() if problem["qk_norm"] else pairs
-
-
-def _units(problem: Problem, config: Mapping[str, int]) -> int:
-    """Threads of a token."""
-    return -(-_heads(problem) // config["UNROLL"]) * _lanes(problem, config["VEC_BYTES"] // _bytes(problem))
-
-
-def _whole_pairs(config: Mapping[str, int], problem: Problem, tokens: int) -> bool:
-    size = config["VEC_BYTES"] // _bytes(problem)
-    # The table is loaded in words of 4 bytes: a vector has as many angles as elements (NeoX), or half as many.
-    angles = size if in_halves(problem) else size // 2
-    return (
-        size >= 2
-        and angles * DTYPES[str(problem["table"])].itemsize >= 4
-        and all(problem.int(width) % (2 * size) == 0 for width in ("head_dim", "rope_dim"))
-    )
-
-
-def _head_in_warp(config: Mapping[str, int], problem: Problem, tokens: int) -> bool:
-    return not problem["qk_norm"] or _lanes(problem, config["VEC_BYTES"] // _bytes(problem)) <= _WARP
-
-
-_GPU_SPACE = SearchSpace(
-    (
-        Tunable("THREADS", (256, 128, 512, 64), "threads per block: fewer blocks, against less even load"),
-        Tunable(
-            "UNROLL",
-            (1, 2, 3, 4, 6),
-            "heads per thread: more loads in flight, less to load and work out for each, against fewer threads",
-        ),
-        Tunable("VEC_BYTES", _VECTOR_BYTES, "bytes per load: fewer instructions, against more alignment"),
-        Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
-        Tunable("PREFETCH", (0, 1, 2, 4), "with PDL, blocks per SM that pull their input into L2 while waiting"),
-        Tunable("GUESS", (0, 1), "these also guess positions: one memory latency less, against more to load and check"),
-    ),
-    (
-        Constraint("halves of a head, of its rotated part, and what is read of the table must be whole", _whole_pairs),
-        Constraint(f"a head that is normed must be shared by at most {_WARP} threads", _head_in_warp),
-        Constraint("a thread needs a head for each UNROLL", lambda c, p, t: c["UNROLL"] <= _heads(p)),
-        Constraint(
-            "a block that takes more than there is does nothing for the rest",
-            lambda c, p, t: c["THREADS"] <= max(2 * t * _units(p, c), 64),
-        ),
-        Constraint(
-            "only a kernel with PDL waits, so only it can prefetch meanwhile",
-            lambda c, p, t: c["PDL"] > 0 or c["PREFETCH"] == 0,
-        ),
-        Constraint("only a block that prefetches guesses", lambda c, p, t: c["PREFETCH"] > 0 or c["GUESS"] == 0),
-    ),
-)
-
-# What AMD has no choice in: CDNA's warps of 64 lanes, and nothing like programmatic dependent launch.
-_HIP_FIXED = {
-    "WARP_SIZE": (64, "lanes of a warp"),
-    "PDL": (0, "only NVIDIA has it"),
-    "PREFETCH": (0, "only with PDL"),
-    "GUESS": (0, "only with PREFETCH"),
-}
-_HIP_SPACE = SearchSpace(
-    (
-        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
-        *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
-    ),
-    _GPU_SPACE.constraints,
-)
-
-_CPU_SPACE = SearchSpace(
-    (
-        *THREADING,
-        Tunable("VECTOR_BYTES", (64, 32), "SIMD width: fewer instructions, against a lower clock on some CPUs"),
-    ),
-    THREADING_CONSTRAINTS,
-)
-
-
-def _widest_vector(problem: Problem) -> int:
-    """Bytes of the widest vectors that suit the problem. Raises UnsupportedCall."""
-    for size in _VECTOR_BYTES:
-        config = {"VEC_BYTES": size}
-        if _whole_pairs(config, problem, 1) and _head_in_warp(config, problem, 1):
-            return size
-    raise UnsupportedCall(f"{problem}: halves of its heads and of what is rotated are no whole number of vectors")
-
-
-def _gpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=256, UNROLL=1, VEC_BYTES=_widest_vector(problem), READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
-
-
-def _hip_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(_gpu_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
-
-
-def _cpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=1 if tokens <= 4 else most_threads(tokens), SERIAL_ROWS=0, VECTOR_BYTES=64)
 
 
 class RopeKvCache(FusedOp):
@@ -194,9 +92,9 @@ class RopeKvCache(FusedOp):
 
     name = "rope_kv_cache"
     bounds = (
-        IndexBound(_POSITIONS, _TABLE),
-        IndexBound(_SLOTS, _K_CACHE, dims=2, padded=True),
-        IndexBound(_SLOTS, _V_CACHE, dims=2, padded=True),
+        IndexBound(POSITIONS, TABLE),
+        IndexBound(SLOTS, K_CACHE, dims=2, padded=True),
+        IndexBound(SLOTS, V_CACHE, dims=2, padded=True),
     )
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin_cache, Tensor? slot_mapping, "
@@ -204,13 +102,9 @@ class RopeKvCache(FusedOp):
         "Tensor? q_weight, Tensor? k_weight, float eps, bool is_neox, bool return_k, "
         'bool deinterleave=False, str plan="") -> (Tensor, Tensor)'
     )
-    mutates = (_K_CACHE, _V_CACHE)
-    shared = (_POSITIONS, _TABLE, _SLOTS)
-    kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("rope_kv_cache.cu", _GPU_SPACE, _gpu_default),
-        "hip": KernelSource("rope_kv_cache.cu", _HIP_SPACE, _hip_default),
-        "cpu": KernelSource("rope_kv_cache.cpp", _CPU_SPACE, _cpu_default),
-    }
+    mutates = (K_CACHE, V_CACHE)
+    shared = (POSITIONS, TABLE, SLOTS)
+    kernels = kernels.KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +117,7 @@ class RopeKvCache(FusedOp):
     def _computed(self, args: Sequence[Any], kept: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The op, of whose cache rows only those of the tokens ``kept`` are written, or all."""
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[_Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:]
         tokens = positions.shape[0]
         q, k = q[:tokens], k[:tokens]
         if q_weight is not None:
@@ -244,7 +138,7 @@ class RopeKvCache(FusedOp):
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[_Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:]
         tokens, dtype = positions.shape[0], q.dtype
         cos, sin = table.double()[positions][:, None].chunk(2, dim=-1)
 
@@ -274,11 +168,11 @@ class RopeKvCache(FusedOp):
         return tuple(results)
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q, k, tokens = args[_Q], args[_K], args[_POSITIONS].shape[0]
-        q_dtype = q.dtype if args[_Q_SCALE] is None else _E4M3
+        q, k, tokens = args[Q], args[K], args[POSITIONS].shape[0]
+        q_dtype = q.dtype if args[Q_SCALE] is None else E4M3
         return (
             q.new_empty((tokens, *q.shape[1:]), dtype=q_dtype),
-            k.new_empty((tokens if args[_RETURN_K] else 0, *k.shape[1:])),
+            k.new_empty((tokens if args[RETURN_K] else 0, *k.shape[1:])),
         )
 
     def tolerance(self, problem: Problem, result: int = 0) -> Tolerance:
@@ -295,7 +189,7 @@ class RopeKvCache(FusedOp):
         if problem["qk_norm"]:
             arithmetic *= _LARGEST_NORMED
             ties = (16 if fp32 else 2) * epsilon * _LARGEST_NORMED
-        if (result == 0 and problem["q_fp8"]) or (result >= 2 and _fp8_cache(problem)):
+        if (result == 0 and problem["q_fp8"]) or (result >= 2 and fp8_cache(problem)):
             return Tolerance(
                 relative=E4M3_EPSILON,
                 absolute=E4M3_SMALLEST + ties / _SMALLEST_SCALE,
@@ -326,8 +220,8 @@ class RopeKvCache(FusedOp):
         if names["table"] not in (names["dtype"], "fp32"):
             raise UnsupportedCall(f"{self.name}: cos_sin_cache is {names['table']}, neither {names['dtype']} nor fp32")
         cache = params["cache"]
-        if cache not in _CACHES:
-            raise UnsupportedCall(f"{self.name}: cache {cache!r} is none of {', '.join(_CACHES)}")
+        if cache not in CACHES:
+            raise UnsupportedCall(f"{self.name}: cache {cache!r} is none of {', '.join(CACHES)}")
         widths = {name: int(params[name]) for name in ("heads", "kv_heads", "head_dim", "rope_dim")}
         if cache == "fp8_per_head" and widths["kv_heads"] == 1:
             cache = "fp8"
@@ -347,7 +241,7 @@ class RopeKvCache(FusedOp):
             raise UnsupportedCall(f"{problem}: halves, as NeoX pairs them, are not de-interleaved")
         if min(widths.values()) < 1 or widths["rope_dim"] > widths["head_dim"]:
             raise UnsupportedCall(f"{problem}: heads and widths must be positive, rope_dim at most head_dim")
-        _widest_vector(problem)  # raises where not even the narrowest vectors fit
+        widest_vector(problem)  # raises where not even the narrowest vectors fit
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
@@ -438,13 +332,13 @@ class RopeKvCache(FusedOp):
 
     def _cache_of(self, args: Sequence[Any]) -> str:
         """The kind of cache that a call writes. Raises BadInput, UnsupportedCall."""
-        q, k, k_cache, v_cache = args[_Q], args[_K], args[_K_CACHE], args[_V_CACHE]
+        q, k, k_cache, v_cache = args[Q], args[K], args[K_CACHE], args[V_CACHE]
         heads, width = k.shape[1:]
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if cache is None or tuple(cache.shape[2:]) != (heads, width):
                 shape = None if cache is None else list(cache.shape)
                 raise BadInput(f"{self.name}: {name} {shape} is not [blocks, block_size, {heads}, {width}]")
-            if cache.dtype not in (q.dtype, _E4M3):
+            if cache.dtype not in (q.dtype, E4M3):
                 raise UnsupportedCall(f"{self.name}: {name} is {cache.dtype}, neither {q.dtype} nor float8_e4m3fn")
         if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
             raise BadInput(
@@ -453,7 +347,7 @@ class RopeKvCache(FusedOp):
             )
         if k_cache.dtype == q.dtype:
             return "auto"
-        scales = args[_K_SCALE], args[_V_SCALE]
+        scales = args[K_SCALE], args[V_SCALE]
         for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             if not (_is_scale(scale, q, 1) or (_is_scale(scale, q, heads) and scale.dim() == 1)):
                 raise BadInput(f"{self.name}: an fp8 cache needs {name}: fp32 on q's device, one value or [{heads}]")
@@ -480,9 +374,9 @@ class RopeKvCache(FusedOp):
         if problem["cache"] != "none":
             blocks = -(-tokens // 16) + 1
             slots = torch.randperm(blocks * 16, device=device, generator=generator)[:tokens]
-            cached = _E4M3 if _fp8_cache(problem) else dtype
+            cached = E4M3 if fp8_cache(problem) else dtype
             k_cache, v_cache = (random(blocks, 16, kv_heads, width).to(cached) for _ in range(2))
-        if _fp8_cache(problem):
+        if fp8_cache(problem):
             count = 1 if problem["cache"] == "fp8" else kv_heads
             k_scale, v_scale = (0.5 + torch.rand(count, device=device, generator=generator) for _ in range(2))
         return (
@@ -518,19 +412,19 @@ class RopeKvCache(FusedOp):
         def drawn(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, (), device=device, generator=generator))
 
-        for index, count in ((_Q, heads), (_K, kv_heads), (_V, kv_heads)):
+        for index, count in ((Q, heads), (K, kv_heads), (V, kv_heads)):
             rows, gap = tokens + drawn(0, 2), drawn(0, 2)
             values = torch.randn(rows * (count + gap), width, device=device, generator=generator)
-            if problem["qk_norm"] and index != _V:
+            if problem["qk_norm"] and index != V:
                 values *= 10 ** (4 * torch.rand(len(values), 1, device=device, generator=generator) - 2)
-            apart = rows_apart(values.to(args[_Q].dtype), drawn(1, 3))
+            apart = rows_apart(values.to(args[Q].dtype), drawn(1, 3))
             args[index] = apart.unflatten(0, (rows, count + gap))[:, :count]
-        args[_TABLE] = rows_apart(args[_TABLE], 1)
-        args[_EPS] = 0.01
+        args[TABLE] = rows_apart(args[TABLE], 1)
+        args[EPS] = 0.01
         if problem["q_fp8"]:
-            args[_Q_SCALE] = _SMALLEST_SCALE + torch.rand(1, device=device, generator=generator)
+            args[Q_SCALE] = _SMALLEST_SCALE + torch.rand(1, device=device, generator=generator)
         if problem["cache"] != "none":
-            size, dtype = drawn(1, 20), args[_K_CACHE].dtype
+            size, dtype = drawn(1, 20), args[K_CACHE].dtype
             blocks = -(-tokens // size) + 2
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
             slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)
@@ -538,11 +432,11 @@ class RopeKvCache(FusedOp):
             slots[1::3] = -1
             slots[2::7] = blocks * size + drawn(0, size)  # in what lies behind the cache
             slots[3::11] += 1 << 32  # in the cache again for a kernel that takes 32 bits
-            args[_SLOTS] = slots
-            for index in (_K_CACHE, _V_CACHE):
+            args[SLOTS] = slots
+            for index in (K_CACHE, V_CACHE):
                 args[index] = _cache_apart(blocks, size, kv_heads, width, dtype, drawn(0, 3), device, generator)
-        if _fp8_cache(problem):
-            for index in (_K_SCALE, _V_SCALE):
+        if fp8_cache(problem):
+            for index in (K_SCALE, V_SCALE):
                 args[index] = _SMALLEST_SCALE + torch.rand(len(args[index]), device=device, generator=generator)
         return tuple(args)
 
@@ -581,7 +475,7 @@ class RopeKvCache(FusedOp):
                     neox=style == "NeoX",
                     deinterleave=style == "apart",
                     table=source.choice([dtype, "fp32"]),
-                    cache=source.choice(_CACHES),
+                    cache=source.choice(CACHES),
                     qk_norm=source.random() < 0.5,
                     q_fp8=source.random() < 0.5,
                     return_k=source.random() < 0.5,
@@ -591,123 +485,34 @@ class RopeKvCache(FusedOp):
 
     def bytes_moved(self, problem: Problem, tokens: int) -> int:
         """Of activations and caches: what all layers share stays in the caches."""
-        size, heads, kv_heads = _bytes(problem), problem.int("heads"), problem.int("kv_heads")
-        read = _heads(problem) * size
+        size, heads, kv_heads = element_bytes(problem), problem.int("heads"), problem.int("kv_heads")
+        read = heads_of(problem) * size
         written = heads * (1 if problem["q_fp8"] else size) + problem.int("return_k") * kv_heads * size
         if problem["cache"] != "none":
-            written += 2 * kv_heads * (1 if _fp8_cache(problem) else size)
+            written += 2 * kv_heads * (1 if fp8_cache(problem) else size)
         return tokens * problem.int("head_dim") * (read + written)
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
-        return KernelSpec(
-            source=self.kernel_source(kind).file,
-            entry=self.name,
-            defines={
-                "ELEMENT": str(problem["dtype"]),
-                "TABLE": str(problem["table"]),
-                "HEADS": problem.int("heads"),
-                "KV_HEADS": problem.int("kv_heads"),
-                "HEAD_DIM": problem.int("head_dim"),
-                "ROPE": problem.int("rope_dim"),
-                "NEOX": problem.int("neox"),
-                "DEINTERLEAVE": int(deinterleaves(problem)),
-                "CACHE": _CACHES.index(str(problem["cache"])),
-                "QK_NORM": problem.int("qk_norm"),
-                "Q_FP8": problem.int("q_fp8"),
-                "RETURN_K": problem.int("return_k"),
-                **config,
-            },
-            params_format=self.binding(problem).params_format,
-            block=1 if kind == "cpu" else config["THREADS"],
-            programmatic_launch=bool(config.get("PDL", 0)),
-        )
+        return kernels.spec(kind, problem, config)
 
     def binding(self, problem: Problem) -> Binding:
-        dtype, table = DTYPES[str(problem["dtype"])], DTYPES[str(problem["table"])]
-        heads, kv_heads, width = (problem.int(name) for name in ("heads", "kv_heads", "head_dim"))
-        nothing = Field(FieldKind.NOTHING)
-        cached, fp8 = problem["cache"] != "none", _fp8_cache(problem)
-        tensors = [
-            TensorArg(_POSITIONS, torch.int64, (None,), align=8),
-            TensorArg(_Q, dtype, (ROWS, heads, width)),
-            TensorArg(_K, dtype, (ROWS, kv_heads, width)),
-            TensorArg(_V, dtype, (ROWS, kv_heads, width)),
-            TensorArg(_TABLE, table, (ANY, problem.int("rope_dim"))),
-        ]
-        if cached:
-            tensors.append(TensorArg(_SLOTS, torch.int64, (ANY,), align=8))
-            # A thread writes as many elements to the cache as it reads: of fp8, fewer bytes.
-            align = _widest_vector(problem) // dtype.itemsize if fp8 else 0
-            shape = (ANY, ANY, kv_heads, width)
-            tensors += [TensorArg(index, _E4M3 if fp8 else dtype, shape, align) for index in (_K_CACHE, _V_CACHE)]
-        if fp8:
-            scales = None if problem["cache"] == "fp8" else (kv_heads,)
-            tensors += [TensorArg(index, torch.float32, scales, align=4) for index in (_K_SCALE, _V_SCALE)]
-        if problem["q_fp8"]:
-            tensors.append(TensorArg(_Q_SCALE, torch.float32, None, align=4))
-        if problem["qk_norm"]:
-            tensors += [TensorArg(index, dtype, (width,)) for index in (_Q_WEIGHT, _K_WEIGHT)]
-
-        given = {tensor.index for tensor in tensors}
-        absent = {_Q_SCALE, _Q_WEIGHT, _K_WEIGHT, *(() if cached else (_K_CACHE, _V_CACHE))} - given
-
-        def of(kind: FieldKind, index: int, dim: int = 0) -> Field:
-            return Field(kind, index, dim) if index in given else nothing
-
-        def cache_fields(cache: int, scale: int) -> list[Field]:
-            pointers = [of(FieldKind.POINTER, cache), of(FieldKind.POINTER, scale)]
-            strides = [of(FieldKind.STRIDE, cache, dim) for dim in (0, 1, 2)]
-            sizes = [Field(FieldKind.SIZE, cache, dim) if cached else Field(FieldKind.TOKENS) for dim in (0, 1)]
-            return pointers + strides + sizes
-
-        pointers = (_Q, _K, _V, _POSITIONS, _TABLE, _SLOTS, _Q_WEIGHT, _K_WEIGHT, _Q_SCALE)
-        return Binding(
-            tensors=tuple(tensors),
-            constants=(
-                (_NEOX, bool(problem["neox"])),
-                (_RETURN_K, bool(problem["return_k"])),
-                (_DEINTERLEAVE, deinterleaves(problem)),
-            ),
-            absent=tuple(sorted(absent)),
-            fields=(
-                *(of(FieldKind.POINTER, index) for index in pointers),
-                Field(FieldKind.RESULT, 0),
-                Field(FieldKind.RESULT, 1),
-                *(Field(FieldKind.STRIDE, index, dim) for index in (_Q, _K, _V) for dim in (0, 1)),
-                Field(FieldKind.STRIDE, _TABLE, 0),
-                *cache_fields(_K_CACHE, _K_SCALE),
-                *cache_fields(_V_CACHE, _V_SCALE),
-                Field(FieldKind.TOKENS),
-                Field(FieldKind.SIZE, _SLOTS, 0) if cached else Field(FieldKind.TOKENS),
-                Field(FieldKind.SIZE, _TABLE, 0),
-                Field(FieldKind.FLOAT, _EPS),
-            ),
-            params_format="P" * 11 + "q" * 7 + "PPqqqii" * 2 + "iiif",
-            results=(
-                Result(_E4M3 if problem["q_fp8"] else dtype, (None, heads, width)),
-                Result(dtype, (None if problem["return_k"] else 0, kv_heads, width)),
-            ),
-        )
+        return kernels.binding(problem)
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
-        if "VEC_BYTES" not in config:  # the CPU kernel splits the work itself and loads from any address
-            return LaunchShape()
-        return LaunchShape(
-            units_per_token=_units(problem, config), units_per_block=config["THREADS"], align=config["VEC_BYTES"]
-        )
+        return kernels.launch_shape(problem, config)
 
 
 def _writes(args: Sequence[Any]) -> bool:
     """Whether a call writes to a cache."""
-    slots, caches = args[_SLOTS], [args[index] for index in (_K_CACHE, _V_CACHE)]
+    slots, caches = args[SLOTS], [args[index] for index in (K_CACHE, V_CACHE)]
     return slots is not None and slots.numel() > 0 and any(cache is not None and cache.numel() > 0 for cache in caches)
 
 
 def _in_cache(args: Sequence[Any]) -> torch.Tensor:
     """For each token that has a slot whether that is one of the cache's."""
-    slots, (blocks, size, *_) = args[_SLOTS][: args[_POSITIONS].shape[0]], args[_K_CACHE].shape
+    slots, (blocks, size, *_) = args[SLOTS][: args[POSITIONS].shape[0]], args[K_CACHE].shape
     return (slots >= 0) & (slots < blocks * size)
 
 
