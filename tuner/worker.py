@@ -60,8 +60,9 @@ def encode_effort(effort: Effort) -> dict[str, Any]:
 
 
 def decode_effort(fields: Mapping[str, Any]) -> Effort:
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Effort(**{**plain, "limits": Limits(**plain["limits"])})
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    plain["limits"] = Limits(**plain["limits"])
+    return Effort(**plain)
 
 
 def main() -> None:
@@ -115,9 +116,7 @@ class _Server:
     ) -> None:
         here = str(Path(sys.modules["autofuse"].__file__ or "").parent)
         if here != package:
-            raise AutofuseError(
-                f"the tuner's worker finds another autofuse, {here}, than {package}: use absolute paths"
-            )
+            raise AutofuseError(f"the tuner's worker imports {here} in place of {package}: use absolute paths")
         logger = logging.getLogger("autofuse")
         logger.setLevel(log_level)
         logger.addHandler(_Forward(self))
