@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from autofuse import errors
+from autofuse import errors, kernels_src
 from autofuse.errors import CompileError
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
 from autofuse.tuner.processes import start_module
@@ -61,7 +61,12 @@ class CompilePool:
         worker = getattr(self._local, "worker", None)
         if worker is None or worker.poll() is not None:
             worker = start_module(
-                "autofuse.tuner.compile_worker", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+                "autofuse.tuner.compile_worker",
+                [str(kernels_src.FOLDER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
             )
             self._local.worker = worker
             self._workers.append(worker)

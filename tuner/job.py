@@ -295,7 +295,8 @@ class _BucketTuning:
             except CandidateFailed as failed:
                 if isinstance(failed.subject, Config):
                     left.remove(failed.subject)
-                    logger.warning("%s: %s failed among the finalists: %s", self._bucket, failed.subject, failed)
+                    place = f"{self._problem} at T={self._tokens}"
+                    logger.warning("%s: %s failed among the finalists: %s", place, failed.subject, failed)
                     self._database.record_trial(self._trial(failed.subject, failed.status, message=str(failed)))
                 else:
                     kinds = [EAGER]

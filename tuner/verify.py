@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from autofuse.ops import FusedOp, Problem
 from autofuse.tuner.budgets import VERIFY_MEMORY_SHARE, Effort
 from autofuse.tuner.failures import WrongResult
-from autofuse.tuner.guards import GuardedArgs, same_bits
+from autofuse.tuner.guards import GuardedArgs, GuardedCall, same_bits
 
 __all__ = ["Verification", "WrongResult", "verify", "verify_call"]
 
@@ -107,7 +107,8 @@ class _Case:
         return error
 
     def _run(self, call: Call) -> list[torch.Tensor]:
-        with _poisoned_allocations():
+        # Where a call allocates its results itself, nothing can be put around them.
+        with nullcontext() if isinstance(call, GuardedCall) else _poisoned_allocations():
             results = call(*self._guarded.args)
         taken = self._guarded.take_mutated()
         self._guarded.check()
@@ -142,7 +143,9 @@ def verify_call(op: FusedOp, problem: Problem, args: tuple[Any, ...], call: Call
 
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
-    """Fresh tensors hold NaN, so whatever a call leaves unwritten of results that it allocates itself shows."""
+    """Fresh tensors hold NaN, so whatever a call leaves unwritten shows. The first time takes seconds: it imports
+    Inductor.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
