@@ -15,7 +15,7 @@ extern "C" __global__ void faulty(const Params p) {
     const long long count = (long long)p.tokens * WIDTH, row = (long long)blockIdx.x * WIDTH;
     const bool first = blockIdx.x == 0 && threadIdx.x == 0;
     if (FAULT == 1 && first) *(volatile int*)8 = 1;
-    if (FAULT == 2 && first) *(volatile float4*)((char*)p.doubled + 4) = make_float4(0, 0, 0, 0);
+    if (FAULT == 2 && first) *(float4*)((char*)p.doubled + 4) = make_float4(0, 0, 0, 0);
     if (FAULT == 3 && first) asm volatile("trap;");
     if (FAULT == 4)
         while (*(volatile int*)&p.tokens) {
