@@ -8,6 +8,7 @@ from autofuse.errors import BadInput
 
 __all__ = [
     "COMPILE_BUDGET_S",
+    "COMPILE_LIMIT_S",
     "EFFORTS",
     "FINAL_SHARE",
     "GUARD_BYTES",
@@ -33,6 +34,9 @@ put things in order when it is told to stop."""
 
 KILL_GRACE_S = 30.0
 """How long the system may take to end a worker that was killed: a GPU's driver waits for what runs there."""
+
+COMPILE_LIMIT_S = 300.0
+"""How long a compiler that runs in a worker process may take for one kernel."""
 
 GUARD_ROWS = 16
 """A guard zone is as long as so many rows of its tensor: blocks of several tokens miss by rows, not by bytes."""
@@ -60,8 +64,8 @@ class Limits:
         time_s: to time it.
         baselines_s: to compile the unfused code.
         final_s: to time the finalists, or one of them and the baselines, in turns.
-        slowdown: to each of the last four is added so many times what opening the bucket took, and to ``final_s`` as
-            much again for every round of everything that is timed: on large inputs all is slow.
+        slowdown: to each of the last four is added so many times what opening the bucket took: on large inputs all is
+            slow. To ``final_s``, that time is added once more for each round of everything that is timed.
     """
 
     start_s: float = 300.0

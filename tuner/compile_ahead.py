@@ -19,6 +19,7 @@ from dataclasses import asdict
 from autofuse import errors, kernels_src
 from autofuse.errors import CompileError
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
+from autofuse.tuner.budgets import COMPILE_LIMIT_S
 from autofuse.tuner.processes import start_module
 
 __all__ = ["CompilePool", "compile_pool"]
@@ -72,11 +73,18 @@ class CompilePool:
             self._workers.append(worker)
         assert worker.stdin is not None
         assert worker.stdout is not None
+        limit = threading.Timer(COMPILE_LIMIT_S, worker.kill)
+        limit.daemon = True
+        limit.start()
         try:
             worker.stdin.write(json.dumps([kind, arch, {**asdict(spec), "defines": dict(spec.defines)}]) + "\n")
             answer = worker.stdout.readline()
         except OSError:
             answer = ""
+        in_time = limit.is_alive()
+        limit.cancel()
+        if not answer and not in_time:
+            raise CompileError(f"{spec.source} does not compile within {COMPILE_LIMIT_S:.0f} s")
         if not answer:
             worker.kill()
             raise CompileError(f"the compiler of {spec.source} died (exit code {worker.wait()})")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from autofuse.errors import AutofuseError, CompileError, LaunchError, UnsupportedCall
+from autofuse.errors import AutofuseError, CompileError, LaunchError, UnsuitedPlan, UnsupportedCall
 from autofuse.ops import Config
 
 __all__ = ["CandidateFailed", "Subject", "WrongResult", "blaming", "is_out_of_memory"]
@@ -62,6 +62,8 @@ def _status_of(error: Exception) -> str | None:
         return "compile_error"
     if is_out_of_memory(error):
         return "out_of_memory"
+    if isinstance(error, UnsuitedPlan):
+        return None  # the tuner's own fault
     if isinstance(error, LaunchError | UnsupportedCall | RuntimeError):
         return "launch_error"
     return None

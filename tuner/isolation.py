@@ -26,7 +26,7 @@ from typing import IO, Any
 import torch
 
 from autofuse import errors, kernels_src
-from autofuse.errors import BadInput, TargetUnavailable
+from autofuse.errors import AutofuseError, BadInput, TargetUnavailable
 from autofuse.ops import Config, Problem, get_op
 from autofuse.tuner.bench import COMPILED
 from autofuse.tuner.budgets import KILL_GRACE_S, Effort
@@ -46,8 +46,12 @@ _CLOSE_S = 2.0  # an idle worker ends at once
 _ANOTHER_BUCKET = "another bucket"  # in the place of its configs
 
 
-class WorkerError(RuntimeError):
-    """The worker met an error that no candidate is to blame for, and that is none of autofuse's own."""
+class WorkerError(AutofuseError):
+    """The worker could not do what no candidate has a part in."""
+
+
+class _InWorker(Exception):
+    """The traceback of an error there."""
 
 
 class _WorkerDied(Exception):
@@ -75,6 +79,7 @@ class IsolatedBench:
         self._pending: list[str] = []  # what the worker was asked for and has not answered: "start", "open"
         self._opened_s = 0.0  # how long it took to open the bucket
         self._ran: set[Subject] = set()  # configs in the present worker
+        self._has_baselines = False  # of this bucket, the present worker
 
     def __enter__(self) -> IsolatedBench:
         return self
@@ -100,6 +105,7 @@ class IsolatedBench:
             self._start()
             return
         self._ran = self._ran and {_ANOTHER_BUCKET}
+        self._has_baselines = False
         self._worker.request("open", self._bucket)
         self._pending.append("open")
 
@@ -110,23 +116,27 @@ class IsolatedBench:
         return Timing(tuple(self._ask("time", {"config": str(config)}, [config], self._limits.time_s)))
 
     def baselines(self, compiled: bool) -> list[str]:
-        return list(self._ask("baselines", {"compiled": compiled}, [COMPILED], self._limits.baselines_s))
+        kinds = list(self._ask("baselines", {"compiled": compiled}, [COMPILED], self._limits.baselines_s))
+        self._has_baselines = True
+        return kinds
 
     def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
         arguments = {"subjects": [encode_subject(subject) for subject in subjects], "rounds": rounds, "seed": seed}
-        limit_s = self._limits.final_s + self._limits.baselines_s * any(isinstance(each, str) for each in subjects)
-        calls = len(subjects) * (rounds + _PREPARING_ROUNDS)
-        return [Timing(tuple(each)) for each in self._ask("interleave", arguments, subjects, limit_s, calls)]
+        limit_s = self._limits.final_s
+        if not self._has_baselines and any(isinstance(subject, str) for subject in subjects):
+            limit_s += self._limits.baselines_s
+        rounds = len(subjects) * (rounds + _PREPARING_ROUNDS)
+        return [Timing(tuple(each)) for each in self._ask("interleave", arguments, subjects, limit_s, rounds)]
 
     def _ask(
-        self, method: str, arguments: dict[str, Any], subjects: Sequence[Subject], limit_s: float, calls: int = 1
+        self, method: str, arguments: dict[str, Any], subjects: Sequence[Subject], limit_s: float, rounds: int = 0
     ) -> Any:
         """The worker's answer. Raises CandidateFailed for one of ``subjects``, and what else the worker says."""
         while True:
             worker = self._ready()
             alone = self._ran <= set(subjects)
             self._ran |= {subject for subject in subjects if isinstance(subject, Config)}
-            allowed_s = limit_s + calls * self._limits.slowdown * self._opened_s
+            allowed_s = limit_s + (self._limits.slowdown + rounds) * self._opened_s
             try:
                 answer = worker.ask(method, arguments, allowed_s)
             except _TimedOut:
@@ -195,22 +205,22 @@ class IsolatedBench:
         worker, self._worker = self._worker, None
         self._pending = []
         self._ran = set()
+        self._has_baselines = False
         if worker is not None:
             worker.end(at_once)
 
 
 def _value(answer: dict[str, Any]) -> Any:
-    """What a worker answered. Raises the error that it met, where that is one of ours or lack of memory, or
-    WorkerError.
-    """
+    """What a worker answered. Raises the error that it met: one of ours, or MemoryError, or RuntimeError for others."""
     if "error" not in answer:
         return answer["value"]
     name, message = answer["error"]["type"], answer["error"]["message"]
+    there = _InWorker(answer["error"]["traceback"])
     if name in errors.__all__:
-        raise getattr(errors, name)(message)
+        raise getattr(errors, name)(message) from there
     if name == "MemoryError":
-        raise MemoryError(message)
-    raise WorkerError(f"{name}: {message}")
+        raise MemoryError(message) from there
+    raise RuntimeError(f"{name}: {message}") from there
 
 
 class _Worker:

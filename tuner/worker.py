@@ -6,7 +6,7 @@ other side can read it when this process is gone; a pipe would wake it between t
 - ``{"value": …}``;
 - ``{"failed": {"subject", "status", "message"}, "lost": bool}``: a candidate failed, and whether the device is lost
   with it;
-- ``{"error": {"type", "message"}}``: something else did;
+- ``{"error": {"type", "message", "traceback"}}``: something else did;
 - ``{"log": [logger, level, message]}``, before any of these.
 """
 
@@ -89,6 +89,7 @@ class _Server:
         self._lock = threading.Lock()  # log records may come from any thread
         self._device = torch.device("cpu")
         self._bench: Bench | None = None
+        self._notes: dict[Subject, bytes] = {}
 
     def answer(self, method: str, arguments: dict[str, Any]) -> None:
         try:
@@ -101,9 +102,8 @@ class _Server:
             }
             self.send({"failed": said, "lost": self._device_is_lost()})
         except Exception as error:
-            traceback.print_exc()  # for whoever reads what the worker says
             kind = "MemoryError" if is_out_of_memory(error) else type(error).__name__
-            self.send({"error": {"type": kind, "message": str(error)}})
+            self.send({"error": {"type": kind, "message": str(error), "traceback": traceback.format_exc()}})
 
     def send(self, message: dict[str, Any]) -> None:
         line = json.dumps(message)
@@ -158,8 +158,11 @@ class _Server:
         return self._bench
 
     def _take_note(self, subject: Subject) -> None:
-        text = json.dumps(encode_subject(subject)).encode()
-        os.pwrite(self._note, text.ljust(NOTE_BYTES, b"\0"), 0)
+        text = self._notes.get(subject)
+        if text is None:  # the same few again and again, between timed rounds
+            text = json.dumps(encode_subject(subject)).encode().ljust(NOTE_BYTES, b"\0")
+            self._notes[subject] = text
+        os.pwrite(self._note, text, 0)
 
     def _device_is_lost(self) -> bool:
         """Whether nothing runs on the device any more, as after a fault on an NVIDIA GPU: all later calls of the
