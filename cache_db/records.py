@@ -30,8 +30,9 @@ __all__ = [
     "winners_digest",
 ]
 
-TRIAL_STATUSES = ("ok", "compile_error", "launch_error", "wrong")
-"""``ok`` was verified and timed; ``wrong`` differs from the reference by more than the tolerance."""
+TRIAL_STATUSES = ("ok", "compile_error", "launch_error", "wrong", "crashed", "timed_out", "out_of_memory")
+"""``ok`` was verified and timed; ``wrong`` differs from the reference by more than the tolerance, or wrote where it
+must not; ``crashed`` took its process or its device's context down; ``timed_out`` did not end."""
 
 BASELINE_KINDS = ("eager", "compile", "graph")
 """The reference run eagerly; through plain ``torch.compile`` as a user calls it; and, on a CPU only, as the code that

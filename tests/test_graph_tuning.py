@@ -14,6 +14,7 @@ import pytest
 import torch
 from deciding import CPU, PROBLEM, buckets, decide, tuned, winner
 from models import HIDDEN, MlaLatents, isolate, without_code_generation
+from planting import tune_here
 
 from autofuse.cache_db import Trial, TunedDatabase, default_path
 from autofuse.errors import BadInput
@@ -251,8 +252,9 @@ def test_ctrl_c_stops_the_command_and_reaches_the_caller(command, tmp_path):
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """No baseline through Inductor, which would take seconds."""
-    monkeypatch.setattr(job, "baseline_calls", lambda op, args: {"eager": op.unfused})
+    """No worker process, and no baseline through Inductor: both would take seconds."""
+    tune_here(monkeypatch)
+    monkeypatch.setattr("autofuse.tuner.baselines.baseline_calls", lambda op, args: {"eager": op.unfused})
 
 
 def test_a_search_that_is_cut_short_gives_a_winner_and_goes_on_later(tiny, unmeasured, monkeypatch):

@@ -6,7 +6,21 @@ from dataclasses import dataclass
 
 from autofuse.errors import BadInput
 
-__all__ = ["COMPILE_BUDGET_S", "EFFORTS", "FINAL_SHARE", "STOP_GRACE_S", "Effort", "effort"]
+__all__ = [
+    "COMPILE_BUDGET_S",
+    "COMPILE_LIMIT_S",
+    "EFFORTS",
+    "FINAL_SHARE",
+    "GUARD_BYTES",
+    "GUARD_ROWS",
+    "KILL_GRACE_S",
+    "MOST_GUARD_BYTES",
+    "STOP_GRACE_S",
+    "VERIFY_MEMORY_SHARE",
+    "Effort",
+    "Limits",
+    "effort",
+]
 
 COMPILE_BUDGET_S = 300.0
 """How long the compilations of one process may tune in all, unless ``autofuse.tune_budget`` says otherwise."""
@@ -17,6 +31,50 @@ FINAL_SHARE = 0.4
 STOP_GRACE_S = 30.0
 """How long a tuning process may go on beyond its budget to finish the measurement it is at, and how long it may take to
 put things in order when it is told to stop."""
+
+KILL_GRACE_S = 30.0
+"""How long the system may take to end a worker that was killed: a GPU's driver waits for what runs there."""
+
+COMPILE_LIMIT_S = 300.0
+"""How long a compiler that runs in a worker process may take for one kernel."""
+
+GUARD_ROWS = 16
+"""A guard zone is as long as so many rows of its tensor: blocks of several tokens miss by rows, not by bytes."""
+
+GUARD_BYTES = 4096
+"""But at least so long."""
+
+MOST_GUARD_BYTES = 4 << 20
+"""And at most so long."""
+
+VERIFY_MEMORY_SHARE = 0.25
+"""Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is
+beyond is computed anew for each."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the worker process may take for what is asked of it, in seconds, before it is ended. They are there for
+    what never ends, and far beyond what is usual on a busy machine.
+
+    Attributes:
+        start_s: to import PyTorch and to find its device.
+        open_s: to draw a bucket's inputs and compute their references. No candidate runs.
+        verify_s: to verify a candidate.
+        time_s: to time it.
+        baselines_s: to compile the unfused code.
+        final_s: to time the finalists, or one of them and the baselines, in turns.
+        slowdown: to each of the last four is added so many times what opening the bucket took: on large inputs all is
+            slow. To ``final_s``, that time is added once more for each round of everything that is timed.
+    """
+
+    start_s: float = 300.0
+    open_s: float = 900.0
+    verify_s: float = 60.0
+    time_s: float = 60.0
+    baselines_s: float = 900.0
+    final_s: float = 120.0
+    slowdown: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +101,7 @@ class Effort:
             do not stay in the last-level cache (H200: 60 MB).
         ring_sets: at most so many sets of inputs; tiny ones would need thousands.
         verify_seeds: random inputs that a config must compute rightly before it is timed.
+        limits: after which a candidate is taken for one that never ends.
     """
 
     exhaustive_up_to: int = 64
@@ -62,6 +121,7 @@ class Effort:
     ring_bytes: int = 160 << 20
     ring_sets: int = 256
     verify_seeds: int = 2
+    limits: Limits = Limits()
 
 
 EFFORTS = {

@@ -2,8 +2,7 @@
 
 A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling
 process and two threads there compile no faster than one, so each thread has a worker process that does it; what it
-compiles, the kernel cache hands over. The workers are started as commands rather than through ``multiprocessing``,
-which would run the user's own main module again.
+compiles, the kernel cache hands over.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from autofuse import errors
+from autofuse import errors, kernels_src
 from autofuse.errors import CompileError
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
+from autofuse.tuner.budgets import COMPILE_LIMIT_S
+from autofuse.tuner.processes import start_module
 
 __all__ = ["CompilePool", "compile_pool"]
 
@@ -61,24 +61,30 @@ class CompilePool:
     def _in_worker(self, kind: str, arch: str, spec: KernelSpec) -> Artifact:
         worker = getattr(self._local, "worker", None)
         if worker is None or worker.poll() is not None:
-            command = [sys.executable, "-m", "autofuse.tuner.compile_worker"]
-            worker = subprocess.Popen(
-                command,
+            worker = start_module(
+                "autofuse.tuner.compile_worker",
+                [str(kernels_src.FOLDER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 bufsize=1,
-                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
             )
             self._local.worker = worker
             self._workers.append(worker)
         assert worker.stdin is not None
         assert worker.stdout is not None
+        limit = threading.Timer(COMPILE_LIMIT_S, worker.kill)
+        limit.daemon = True
+        limit.start()
         try:
             worker.stdin.write(json.dumps([kind, arch, {**asdict(spec), "defines": dict(spec.defines)}]) + "\n")
             answer = worker.stdout.readline()
         except OSError:
             answer = ""
+        in_time = limit.is_alive()
+        limit.cancel()
+        if not answer and not in_time:
+            raise CompileError(f"{spec.source} does not compile within {COMPILE_LIMIT_S:.0f} s")
         if not answer:
             worker.kill()
             raise CompileError(f"the compiler of {spec.source} died (exit code {worker.wait()})")

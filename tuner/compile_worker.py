@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
+from autofuse import kernels_src
 from autofuse.errors import AutofuseError
 from autofuse.targets import KernelSpec, toolchain
 
@@ -12,7 +14,8 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Serves until standard input ends."""
+    """Serves until standard input ends. ``sys.argv[1]``: the folder of the kernel sources."""
+    kernels_src.FOLDER = Path(sys.argv[1])
     for line in sys.stdin:
         kind, arch, spec = json.loads(line)
         try:

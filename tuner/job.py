@@ -1,36 +1,41 @@
-"""The tuning job: buckets in, winners in the database out."""
+"""The tuning job: buckets in, winners in the database out.
+
+No candidate ever runs in this process, and nothing here uses a GPU: what has to be done on the device, the bench does
+in a process of its own.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
-from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, TargetUnavailable
+from autofuse.errors import AutofuseError, BadInput, CompileError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, Problem, get_op
-from autofuse.runtime.dispatch import bind_plan, load_kernel, registry
-from autofuse.runtime.plan import Plan
 from autofuse.targets import Artifact, Target, target_of, toolchain
-from autofuse.tuner.baselines import baseline_calls
+from autofuse.tuner.bench import EAGER
 from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
-from autofuse.tuner.measure import Gain, Ring, Runner, Timing, example_ring, gain, interleave, runner, time_alone
+from autofuse.tuner.failures import CandidateFailed, Subject
+from autofuse.tuner.isolation import IsolatedBench
+from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.search import search_for
-from autofuse.tuner.verify import WrongResult, verify
 
 __all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
 
 logger = logging.getLogger("autofuse.tuner")
 
 _DIED = "the process died while this config ran"
+_DIED_AGAIN = "the process died twice while this config ran"
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,13 @@ def tune_buckets(
 ) -> list[Winner]:
     """Tunes each bucket on ``device``; what the database knows of the present kernel sources is not measured again.
 
+    Candidates run in a worker process that owns the device; whatever they do to it, they become failed trials and the
+    job goes on. An op of one's own needs a module that the worker can import (see ``OpRegistry.add``).
+
     Every trial is in the database as soon as it is measured: an interrupted job goes on where it was. A config is a
-    failure there from before it runs, so that one that takes the process down with it is not tried again. Failures
-    are tried again where the provenance (driver, toolkit, compiler…) is another one.
+    failure there from before it runs, so that one that takes the whole machine down is known. If this process dies
+    meanwhile, which need not be the config's fault, the next job tries the config once more, and no third time. Other
+    failures are tried again where the provenance (driver, toolkit, compiler…) is another one.
 
     Args:
         retune: measure everything anew.
@@ -100,7 +109,6 @@ def tune_buckets(
     """
     target = target_of(device)
     chain = toolchain(target.kind)
-    registry.go_native()  # calls are timed as a compiled graph makes them
     provenance = database.record_provenance(
         {
             "host": platform.node(),
@@ -111,7 +119,7 @@ def tune_buckets(
     )
     winners = []
     end = None if budget_s is None else time.monotonic() + budget_s
-    with compile_pool(target.kind, target.arch) as pool, torch.no_grad():
+    with compile_pool(target.kind, target.arch) as pool, IsolatedBench(device, effort) as bench:
         for done, bucket in enumerate(buckets):
             if bucket.tokens < 1:
                 raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
@@ -119,7 +127,7 @@ def tune_buckets(
             if share_s is not None and share_s <= 0:
                 logger.info("the time is over with %d buckets to tune", len(buckets) - done)
                 break
-            tuning = _BucketTuning(bucket, device, target, database, effort, provenance, pool, on_event)
+            tuning = _BucketTuning(bucket, target, database, effort, provenance, pool, bench, on_event)
             if winner := tuning.run(retune=retune, seed=seed, budget_s=share_s):
                 winners.append(winner)
     return winners
@@ -131,26 +139,25 @@ class _BucketTuning:
     def __init__(
         self,
         bucket: Bucket,
-        device: torch.device,
         target: Target,
         database: TunedDatabase,
         effort: Effort,
         provenance: str,
         pool: CompilePool,
+        bench: IsolatedBench,
         on_event: Callable[[Event], None],
     ) -> None:
         self._bucket = bucket
         self._problem, self._tokens = bucket.problem, bucket.tokens
         self._op: FusedOp = get_op(bucket.problem.op)
-        self._device = device
         self._target = target
         self._database = database
         self._effort = effort
         self._provenance = provenance
         self._pool = pool
+        self._bench = bench
         self._on_event = on_event
         self._source_hash = self._op.source_hash(target.kind)
-        self._cached_ring: Ring | None = None
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
@@ -164,6 +171,7 @@ class _BucketTuning:
         if fresh and search.total == 0:
             self._on_event(BucketDone(self._bucket, winner, measured=False))
             return winner
+        self._bench.open(self._problem, self._tokens, self._source_hash)
         measured: set[Config] = set(known)
         compiles = any(trial.status != "compile_error" for trial in known.values())
         held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
@@ -191,13 +199,15 @@ class _BucketTuning:
         finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
         if cut_short and not finalists:
             return None  # neither done nor known not to work: the next job goes on
-        winner = self._final(finalists[: self._effort.finalists])
+        winner = self._final(finalists)
         self._on_event(BucketDone(self._bucket, winner, measured=True))
         return winner
 
     def _holds(self, trial: Trial) -> bool:
-        """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's."""
-        return trial.status == "ok" or trial.provenance == self._provenance
+        """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and
+        one death of the tuning process may have had any reason.
+        """
+        return trial.status == "ok" or (trial.provenance == self._provenance and trial.message != _DIED)
 
     def _trials(self) -> list[Trial]:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
@@ -213,11 +223,6 @@ class _BucketTuning:
         default = self._op.default_config(self._target.kind, self._problem, self._tokens)
         return [default, *(winner.config for winner in others[:4])]
 
-    def _ring(self) -> Ring:
-        if self._cached_ring is None:
-            self._cached_ring = example_ring(self._op, self._problem, self._tokens, self._device, self._effort)
-        return self._cached_ring
-
     def _measure(self, config: Config, compiling: Future[Artifact]) -> Trial:
         """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome.
 
@@ -228,16 +233,19 @@ class _BucketTuning:
         except CompileError as error:
             return self._trial(config, "compile_error", message=str(error))
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
-        with self._presumed_dead(self._trial(config, "launch_error", message=_DIED, **facts)):
+        with self._presumed_dead(config, facts):
             return self._database.record_trial(self._outcome(config, facts))
 
     @contextmanager
-    def _presumed_dead(self, trial: Trial) -> Iterator[None]:
-        """Records ``trial`` for the case that the process does not live to record another outcome.
+    def _presumed_dead(self, config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
+        """Records a failure for the case that this process does not live to record another outcome.
 
         If an exception ends the block, it was not the config's fault: what was recorded before is put back.
         """
+        trial = self._trial(config, "launch_error", message=_DIED, **facts)
         before = self._database.same_key(trial)
+        if before is not None and before.message == _DIED:
+            trial = replace(trial, message=_DIED_AGAIN)
         try:
             self._database.record_trial(trial)
             yield
@@ -252,16 +260,11 @@ class _BucketTuning:
     def _outcome(self, config: Config, facts: Mapping[str, Any]) -> Trial:
         """Verifies and times a config that compiles."""
         try:
-            # Not through the dispatcher: it refuses indices that do not exist, and a kernel must stand them.
-            bound = bind_plan(self._op, self._plan(config), self._device)
-            difference = verify(self._op, self._problem, self._tokens, bound, self._device, self._effort)
-            timing = time_alone(
-                runner(self._load(config), self._ring(), self._device, self._effort), self._effort.trial_rounds
-            )
-        except WrongResult as wrong:
-            return self._trial(config, "wrong", message=str(wrong), **facts)
-        except (LaunchError, RuntimeError) as failed:
-            return self._trial(config, "launch_error", message=" ".join(str(failed).split()), **facts)
+            difference = self._bench.verify(config)
+            timing = self._bench.time(config)
+            _check_times(config, timing)
+        except CandidateFailed as failed:
+            return self._trial(config, failed.status, message=str(failed), **facts)
         return self._trial(
             config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=difference, **facts
         )
@@ -278,45 +281,77 @@ class _BucketTuning:
             **facts,
         )
 
-    def _load(self, config: Config) -> Callable[..., Any]:
-        """The config as a compiled graph would run it: through PyTorch's dispatcher, with a plan."""
-        load_kernel(self._op, self._problem, config, self._device)  # raises where a call would run the reference
-        plan = str(self._plan(config))
-        overload = getattr(torch.ops.autofuse, self._op.name).default
-        return lambda *args: overload(*args, plan)
-
-    def _plan(self, config: Config) -> Plan:
-        return Plan(self._target.arch, self._problem, ((self._tokens, config),))
-
     def _final(self, configs: Sequence[Config]) -> Winner | None:
-        """Chooses one of the best configs, measures it and the baselines in turns, and records these and the winner."""
-        if not configs:
-            logger.warning(
-                "%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens
-            )
-            return None
-        ring, rounds = self._ring(), self._effort.final_rounds
+        """Chooses one of the best configs, measures it and the baselines in turns, and records these and the winner.
 
-        def prepared(call: Callable[..., Any]) -> Runner:
-            return runner(call, ring, self._device, self._effort)
+        Args: configs: the fastest first. One that fails now is a failed trial, and the next takes its place.
+        """
+        left, kinds = list(configs), None
+        while left:
+            try:
+                chosen = self._choose(left[: self._effort.finalists])
+                kinds = self._baselines() if kinds is None else kinds
+                final = self._judge(chosen, kinds)
+            except CandidateFailed as failed:
+                if isinstance(failed.subject, Config):
+                    left.remove(failed.subject)
+                    place = f"{self._problem} at T={self._tokens}"
+                    logger.warning("%s: %s failed among the finalists: %s", place, failed.subject, failed)
+                    self._database.record_trial(self._trial(failed.subject, failed.status, message=str(failed)))
+                else:
+                    kinds = [EAGER]
+                    self._warn_of_baseline(failed)
+                continue
+            return self._record(chosen, final)
+        logger.warning("%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens)
+        return None
 
-        # What looked best by luck is measured anew: its time and gain come from other rounds than those that chose it.
-        candidates = [prepared(self._load(config)) for config in configs]
-        chosen = 0
-        if len(configs) > 1:
-            medians = [timing.median_us for timing in interleave(candidates, rounds)]
-            chosen = medians.index(min(medians))
-        baselines = baseline_calls(self._op, ring.sets[0])
-        judged = [*map(prepared, baselines.values()), candidates[chosen]]
+    def _choose(self, configs: Sequence[Config]) -> Config:
+        if len(configs) == 1:
+            return configs[0]
+        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0)
+        for config, timing in zip(configs, timings, strict=True):
+            _check_times(config, timing)
+        medians = [timing.median_us for timing in timings]
+        return configs[medians.index(min(medians))]
+
+    def _baselines(self) -> list[str]:
+        try:
+            return self._bench.baselines(compiled=True)
+        except CandidateFailed as failed:
+            self._warn_of_baseline(failed)
+            return self._bench.baselines(compiled=False)
+
+    def _warn_of_baseline(self, failed: CandidateFailed) -> None:
+        """Raises ``failed`` where there is no other baseline to go by."""
+        if failed.subject == EAGER:
+            raise failed
+        logger.warning("%s: no baseline through torch.compile: %s: %s", self._op.name, failed.status, failed)
+
+    def _judge(self, config: Config, kinds: Sequence[str]) -> _Final:
+        """The steadiest of some measurements of a config beside the baselines.
+
+        What looked best by luck is measured anew: its time and gain come from other rounds than those that chose it.
+        """
         final: _Final | None = None
+        subjects: list[Subject] = [*kinds, config]
         for attempt in range(self._effort.attempts):
-            *timings, timing = interleave(judged, rounds, seed=1 + attempt)
-            again = _Final.of(dict(zip(baselines, timings, strict=True)), timing)
+            timings = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
+            for subject, timing in zip(subjects, timings, strict=True):
+                _check_times(subject, timing)
+            timings = _positive_rounds(timings)
+            if not timings[0].rounds_us:
+                continue
+            again = _Final.of(dict(zip(kinds, timings, strict=False)), timings[-1])
             if final is None or again.interval < final.interval:
                 final = again
             if final.interval <= self._effort.steady_interval:
                 break
-        assert final is not None
+        if final is None:
+            raise CandidateFailed(config, "wrong", "no round gave it and all baselines times above zero")
+        return final
+
+    def _record(self, config: Config, final: _Final) -> Winner:
         for name, timing in final.baselines.items():
             self._database.record_baseline(
                 Baseline(
@@ -335,7 +370,7 @@ class _BucketTuning:
                 self._target,
                 self._problem,
                 self._tokens,
-                configs[chosen],
+                config,
                 self._source_hash,
                 timing.median_us,
                 timing.spread_us,
@@ -367,6 +402,20 @@ class _Final:
     def interval(self) -> float:
         """How wide the gain's interval is: high ÷ low."""
         return self.gain.high / self.gain.low
+
+
+def _check_times(subject: Subject, timing: Timing) -> None:
+    """Raises CandidateFailed for a time that no call can take. On a GPU it is a difference of two times, of which some
+    may be off so far that it is negative; but not the median.
+    """
+    if not all(map(math.isfinite, timing.rounds_us)) or not timing.median_us > 0:
+        raise CandidateFailed(subject, "wrong", f"a call cannot take {timing.median_us} µs")
+
+
+def _positive_rounds(timings: Sequence[Timing]) -> list[Timing]:
+    """Of paired rounds, those that gave everything a time above zero."""
+    rounds = [times for times in zip(*(timing.rounds_us for timing in timings), strict=True) if min(times) > 0]
+    return [Timing(tuple(times[index] for times in rounds)) for index in range(len(timings))]
 
 
 def _autofuse_version() -> str:

@@ -1,29 +1,151 @@
-"""Verification: a config is right before it is timed."""
+"""Verification: a config is right before it is timed.
+
+A candidate runs twice on each of several inputs. Its results must be within the op's tolerance of the fp64 reference,
+the same bit by bit both times, and written in full: they hold NaN before, and something else before the second run.
+Around results, inputs and what the op writes into there are guard zones, and everything that the op does not write must
+stay as it was.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from autofuse.errors import AutofuseError
 from autofuse.ops import FusedOp, Problem
-from autofuse.tuner.budgets import Effort
+from autofuse.tuner.budgets import VERIFY_MEMORY_SHARE, Effort
+from autofuse.tuner.failures import WrongResult
+from autofuse.tuner.guards import GuardedArgs, GuardedCall, same_bits
 
-__all__ = ["WrongResult", "verify", "verify_call"]
+__all__ = ["Verification", "WrongResult", "verify", "verify_call"]
 
+Call = Callable[..., Any]
 _FEW = 3  # tokens: the fewest that show strides, padding and rows of several sizes
 
 
-class WrongResult(AutofuseError):
-    """A kernel ran and computed something else than its op's reference."""
+class Verification:
+    """The inputs of one bucket and their references, for any number of candidates.
+
+    They are the op's ``check_args`` of the bucket's largest, a ragged, a few, and the smallest number of tokens. A few
+    even for a bucket of one: a kernel also runs what is larger than the largest bucket. As many as fit into a share of
+    the free memory are computed once.
+    """
+
+    def __init__(self, op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> None:
+        self._op = op
+        self._problem = problem
+        self._device = device
+        counts = sorted({1, _FEW, max(tokens - tokens // 3, 1), tokens})
+        self._wanted = [(seed, count) for seed in range(effort.verify_seeds) for count in counts]
+        self._kept: dict[tuple[int, int], _Case] = {}
+        self._room_bytes = VERIFY_MEMORY_SHARE * _free_bytes(device)
+
+    def prepare(self) -> None:
+        """Computes all inputs and references, and keeps those that there is room for."""
+        for _ in self._cases():
+            pass
+
+    def check(self, call: Call) -> float:
+        """Runs ``call``, a function of the op's arguments.
+
+        Returns: how far the results are from the reference, in units of what the op's tolerance allows (at most 1).
+        Raises: WrongResult, for a difference, an unwritten result, a write beside one or beside an input, a changed
+            input, or results that differ from run to run; and whatever ``call`` raises.
+        """
+        worst = 0.0
+        for (seed, count), case in self._cases():
+            try:
+                worst = max(worst, case.check(call))
+            except WrongResult as wrong:
+                raise WrongResult(f"T={count}, seed {seed}: {wrong}") from None
+        return worst
+
+    def _cases(self) -> Iterator[tuple[tuple[int, int], _Case]]:
+        for key in self._wanted:
+            case = self._kept.get(key)
+            if case is None:
+                case = self._case(*key)
+                if case.kept_bytes <= self._room_bytes:
+                    self._room_bytes -= case.kept_bytes
+                    self._kept[key] = case
+            yield key, case
+
+    def _case(self, seed: int, count: int) -> _Case:
+        generator = torch.Generator(self._device).manual_seed(1000 + 7919 * seed + count)
+        return _Case(self._op, self._problem, self._op.check_args(self._problem, count, self._device, generator))
+
+
+class _Case:
+    """One set of arguments and what must come of it."""
+
+    def __init__(self, op: FusedOp, problem: Problem, args: tuple[Any, ...]) -> None:
+        self._op = op
+        self._problem = problem
+        self._guarded = GuardedArgs(args, op.mutates)
+        self._exact = op.exact(*self._guarded.args)
+        self._right: tuple[list[torch.Tensor], float] | None = None  # results that were compared last, and their error
+
+    @property
+    def kept_bytes(self) -> int:
+        # Those of a candidate as well: a quarter of the reference's fp64.
+        return self._guarded.kept_bytes + sum(each.numel() * each.element_size() * 5 // 4 for each in self._exact)
+
+    def check(self, call: Call) -> float:
+        try:
+            first, second = self._run(call), self._run(call)
+        except BaseException:
+            self._guarded.restore()
+            raise
+        error = self._error(first)
+        for index, (out, again) in enumerate(zip(first, second, strict=True)):
+            if not same_bits(out, again):
+                raise WrongResult(f"result {index} differs between two runs on the same inputs")
+        self._right = first, error
+        return error
+
+    def _run(self, call: Call) -> list[torch.Tensor]:
+        # Where a call allocates its results itself, nothing can be put around them.
+        with nullcontext() if isinstance(call, GuardedCall) else _poisoned_allocations():
+            results = call(*self._guarded.args)
+        taken = self._guarded.take_mutated()
+        self._guarded.check()
+        return [*results, *taken]
+
+    def _error(self, results: list[torch.Tensor]) -> float:
+        if self._right is not None:
+            before, error = self._right
+            if all(same_bits(out, known) for out, known in zip(results, before, strict=True)):
+                return error  # most configs compute the same bits: comparing with fp64 takes many times as long
+        worst = 0.0
+        for index, (out, right) in enumerate(zip(results, self._exact, strict=True)):
+            error = self._op.tolerance(self._problem, index).error(out, right)
+            if not error <= 1.0:
+                raise WrongResult(f"result {index} is {error:.3g} times the tolerance from the reference")
+            worst = max(worst, error)
+        return worst
+
+
+def verify(op: FusedOp, problem: Problem, tokens: int, call: Call, device: torch.device, effort: Effort) -> float:
+    """Verifies one candidate. Returns and raises as ``Verification.check``."""
+    return Verification(op, problem, tokens, device, effort).check(call)
+
+
+def verify_call(op: FusedOp, problem: Problem, args: tuple[Any, ...], call: Call) -> float:
+    """Verifies ``call`` on these arguments alone, which stay as they are: it gets copies of them.
+
+    Returns and raises as ``Verification.check``.
+    """
+    return _Case(op, problem, args).check(call)
 
 
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
-    """Fresh tensors hold NaN, so whatever a kernel leaves unwritten shows."""
+    """Fresh tensors hold NaN, so whatever a call leaves unwritten shows. The first time takes seconds: it imports
+    Inductor.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -32,63 +154,10 @@ def _poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def verify(
-    op: FusedOp, problem: Problem, tokens: int, call: Callable[..., Any], device: torch.device, effort: Effort
-) -> float:
-    """Runs ``call`` on the op's ``check_args`` of the bucket's largest, a ragged, a few, and the smallest number of
-    tokens. A few even for a bucket of one: a kernel also runs what is larger than the largest bucket.
-
-    What a kernel writes beside an input shows, since inputs lie inside larger tensors. What it writes beside a result
-    is not checked here: results are allocated inside the call, where nothing can be put around them.
-
-    Returns: how far the results are from the fp64 reference, in units of what the op's tolerance allows (at most 1).
-    Raises: WrongResult, for a difference, an unwritten output, a changed input, or results that differ from run to run.
-    """
-    worst = 0.0
-    for seed in range(effort.verify_seeds):
-        generator = torch.Generator(device).manual_seed(1000 + seed)
-        for count in sorted({1, _FEW, max(tokens - tokens // 3, 1), tokens}):
-            try:
-                worst = max(worst, verify_call(op, problem, op.check_args(problem, count, device, generator), call))
-            except WrongResult as wrong:
-                raise WrongResult(f"T={count}, seed {seed}: {wrong}") from None
-    return worst
-
-
-def verify_call(op: FusedOp, problem: Problem, args: tuple[Any, ...], call: Callable[..., Any]) -> float:
-    """Runs ``call`` on ``args`` twice. What the op writes into its arguments is put back.
-
-    Returns and raises as ``verify``.
-    """
-    worst = 0.0
-    before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in _with_bases(args)]
-    exact = op.exact(*args)
-    with _poisoned_allocations():
-        first = [*call(*args), *_take_mutated(op, args, before)]
-        second = [*call(*args), *_take_mutated(op, args, before)]
-    for index, (arg, copy) in enumerate(zip(_with_bases(args), before, strict=True)):
-        if isinstance(arg, torch.Tensor) and not torch.equal(arg, copy):
-            raise WrongResult(f"input {index} was changed")
-    for index, (out, again, right) in enumerate(zip(first, second, exact, strict=True)):
-        error = op.tolerance(problem, index).error(out, right)
-        if not error <= 1.0:
-            raise WrongResult(f"result {index} is {error:.3g} times the tolerance from the reference")
-        if not torch.equal(out, again):
-            raise WrongResult(f"result {index} differs between two runs on the same inputs")
-        worst = max(worst, error)
-    return worst
-
-
-def _take_mutated(op: FusedOp, args: tuple[Any, ...], before: list[Any]) -> list[torch.Tensor]:
-    """What a call wrote into its arguments, which are put back to what they were."""
-    taken = []
-    for index in op.mutates:
-        if isinstance(args[index], torch.Tensor):
-            taken.append(args[index].clone())
-            args[index].copy_(before[index])
-    return taken
-
-
-def _with_bases(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments, and the whole tensors that they are views of: a kernel must not write beside a view either."""
-    return [*args, *(arg._base for arg in args if isinstance(arg, torch.Tensor) and arg._base is not None)]
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system that does not say
+        return 1 << 30

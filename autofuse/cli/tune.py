@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import torch
@@ -24,6 +27,11 @@ __all__ = ["tune"]
 logger = logging.getLogger("autofuse.cli")
 
 _INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
+_TERMINATED = 143  # or SIGTERM
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
 
 
 def tune(
@@ -58,7 +66,7 @@ def tune(
     """Measure fused ops, and remember.
 
     Searches configs, verifies each, times the best beside the unfused code, eager and compiled. What was measured
-    before is not measured again. Ctrl-C keeps everything measured so far.
+    before is not measured again. Ctrl-C and SIGTERM keep everything measured so far.
 
     Example: autofuse tune --model deepseek-v3 --tokens 1,64,2048
     """
@@ -101,24 +109,25 @@ def tune(
 
             handler: Callable[[Event], None] = api.forget_when_tuned(opened, sites, observe)
             try:
-                tune_buckets(
-                    buckets,
-                    where,
-                    opened,
-                    effort_budget,
-                    retune=retune,
-                    seed=seed,
-                    budget_s=budget,
-                    on_event=handler,
-                )
-            except KeyboardInterrupt:
+                with _terminable():
+                    tune_buckets(
+                        buckets,
+                        where,
+                        opened,
+                        effort_budget,
+                        retune=retune,
+                        seed=seed,
+                        budget_s=budget,
+                        on_event=handler,
+                    )
+            except KeyboardInterrupt as stopped:
                 show(None)
                 typer.echo(
                     f"autofuse: stopped; everything measured so far is kept in {opened.path}; "
                     f"the same command{' without --retune' if retune else ''} goes on from there",
                     err=True,
                 )
-                raise typer.Exit(_INTERRUPTED) from None
+                raise typer.Exit(_TERMINATED if isinstance(stopped, _Terminated) else _INTERRUPTED) from None
         if left := len(buckets) - len(done):
             typer.echo(
                 f"autofuse: the {budget:g} s are over: {left} of {len(buckets)} buckets are not tuned; "
@@ -128,6 +137,23 @@ def tune(
         _report(opened, done, json)
     if any(event.winner is None for event in done):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this block as Ctrl-C does: in good order."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals are handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _captured(database: TunedDatabase, device: torch.device, ops: Sequence[str] | None) -> dict[Captured, list[Bucket]]:

@@ -61,15 +61,28 @@ class BoundPlan:
     variants: tuple[Variant, ...]
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        tokens = self.binding.tokens(args)
-        bucket = bisect_left(self.variants, tokens, key=lambda variant: variant.tokens)
-        variant = self.variants[min(bucket, len(self.variants) - 1)]
+        variant = self._variant(args)
         if variant.kernel is None or not self.binding.launchable(args, variant.shape.align):
             return self.op.reference(*args)
         results = self.binding.allocate(args)
-        if tokens:
-            variant.kernel.launch(variant.shape.blocks(tokens), *self.binding.params(args, results))
+        self._launch(variant, args, results)
         return results
+
+    def launch(self, args: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
+        """Launches the kernel, which writes into ``results``. Raises UnsupportedCall where the reference would run."""
+        variant = self._variant(args)
+        if variant.kernel is None or not self.binding.launchable(args, variant.shape.align):
+            raise UnsupportedCall(f"{self.op.name}: strides, addresses or sizes do not suit the kernel")
+        self._launch(variant, args, results)
+
+    def _variant(self, args: Sequence[Any]) -> Variant:
+        bucket = bisect_left(self.variants, self.binding.tokens(args), key=lambda variant: variant.tokens)
+        return self.variants[min(bucket, len(self.variants) - 1)]
+
+    def _launch(self, variant: Variant, args: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
+        assert variant.kernel is not None
+        if tokens := self.binding.tokens(args):
+            variant.kernel.launch(variant.shape.blocks(tokens), *self.binding.params(args, results))
 
 
 def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
@@ -201,12 +214,28 @@ class OpRegistry:
     def define(self) -> None:
         """Defines every op in ``torch.ops.autofuse``. Called once, when autofuse is imported."""
         for op in OPS.values():
-            implementation = _PythonDispatcher(op, self)
-            self._library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-            self._library.define(f"_unbound_{op.name}{op.schema_without_plan}")
-            torch.library.register_fake(f"autofuse::{op.name}", _fake(op), lib=self._library)
-            self._library.impl(op.name, self._as_pytorch_op(op, implementation), _PYTHON_KEY)
-            self._library.impl(f"_unbound_{op.name}", self._for_native(op, implementation), _PYTHON_KEY)
+            self._define(op)
+
+    def add(self, op: FusedOp) -> None:
+        """Makes an op of one's own known, to PyTorch and to the tuner.
+
+        The tuner's worker process knows it by importing the module that the op's class is in: importing that module
+        must add the op, and it must not be ``__main__``. Raises BadInput for a name that is taken.
+        """
+        if op.name in OPS:
+            raise BadInput(f"there is an op {op.name!r} already")
+        self._define(op)
+        OPS[op.name] = op
+        if self._native is not None:
+            self._native.register(op, _NATIVE_KEYS)
+
+    def _define(self, op: FusedOp) -> None:
+        implementation = _PythonDispatcher(op, self)
+        self._library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._library.define(f"_unbound_{op.name}{op.schema_without_plan}")
+        torch.library.register_fake(f"autofuse::{op.name}", _fake(op), lib=self._library)
+        self._library.impl(op.name, self._as_pytorch_op(op, implementation), _PYTHON_KEY)
+        self._library.impl(f"_unbound_{op.name}", self._for_native(op, implementation), _PYTHON_KEY)
 
     def go_native(self) -> bool:
         """Switches to the native dispatcher if it can be had; True if calls are native now. Cheap after the first

@@ -1,0 +1,174 @@
+"""The bench: what is done with one bucket's candidates on the device. It stands in the worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from autofuse.errors import AutofuseError, LaunchError, UnsupportedCall
+from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.runtime.dispatch import BoundPlan, bind_plan, registry
+from autofuse.runtime.plan import Plan
+from autofuse.targets import target_of
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.failures import CandidateFailed, Subject, blaming
+from autofuse.tuner.guards import GuardedCall
+from autofuse.tuner.measure import Ring, Runner, Timing, example_ring, interleave, runner, time_alone
+from autofuse.tuner.verify import Verification
+
+__all__ = ["COMPILED", "EAGER", "Bench", "Note"]
+
+EAGER = "eager"
+COMPILED = "compile"
+"""The baselines that there may be on every device; see ``baseline_calls``."""
+
+Note = Callable[[Subject], None]
+"""Says what runs from now on."""
+
+
+class Bench:
+    """One device, and one bucket at a time on it.
+
+    A candidate that fails raises CandidateFailed; any other exception is not the candidate's fault.
+
+    Args: note: called before each candidate or baseline runs: if it takes the process down, that is how it is known.
+    """
+
+    def __init__(self, device: torch.device, effort: Effort, note: Note = lambda subject: None) -> None:
+        registry.go_native()  # calls are timed as a compiled graph makes them
+        self._device = device
+        self._target = target_of(device)
+        self._effort = effort
+        self._note = note
+        self._subject: Subject = ""
+        self._bucket: _Bucket | None = None
+
+    def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
+        """Prepares for the candidates of a bucket: inputs, and their references.
+
+        Raises: AutofuseError where the kernel's source is not the one with this hash.
+        """
+        self._bucket = None  # its memory is free for the next
+        op = get_op(problem.op)
+        if op.source_hash(self._target.kind) != source_hash:
+            raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
+        with torch.no_grad():
+            self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)
+            self._synchronise()
+
+    def verify(self, config: Config) -> float:
+        """How far the results are from the reference, in units of what is allowed."""
+        bucket = self._opened()
+        with self._running(config):
+            # Not through the dispatcher: it refuses indices that do not exist, and a kernel must stand them.
+            return bucket.verification.check(GuardedCall(self._bound(config)))
+
+    def time(self, config: Config) -> Timing:
+        """How long a call takes. Run it only after ``verify``."""
+        with self._running(config):
+            return time_alone(self._prepared(config), self._effort.trial_rounds)
+
+    def baselines(self, compiled: bool) -> list[str]:
+        """The kinds of baselines that ``interleave`` takes from now on; without ``compiled`` that is eager alone."""
+        bucket = self._opened()
+        bucket.baselines = {EAGER: bucket.op.unfused}
+        if compiled:
+            from autofuse.tuner.baselines import baseline_calls  # here: importing Inductor takes seconds
+
+            with self._running(COMPILED):
+                bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0])
+        return list(bucket.baselines)
+
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
+        """Times configs and baselines in turns."""
+        bucket = self._opened()
+        prepared = []
+        for subject in subjects:
+            if subject not in bucket.runners:
+                with self._running(subject):
+                    bucket.runners[subject] = _NotedRunner(self._runner(subject), subject, self._take_note)
+            prepared.append(bucket.runners[subject])
+        with self._running(subjects[0]):
+            return interleave(prepared, rounds, seed)
+
+    def _opened(self) -> _Bucket:
+        assert self._bucket is not None, "no bucket is open"
+        return self._bucket
+
+    def _runner(self, subject: Subject) -> Runner:
+        if isinstance(subject, Config):
+            return self._prepared(subject)
+        bucket = self._opened()
+        if subject not in bucket.baselines:  # in a worker that took another's place
+            self.baselines(compiled=subject != EAGER)
+        if subject not in bucket.baselines:
+            raise LaunchError(f"{bucket.op.name} cannot be compiled any more")
+        return runner(bucket.baselines[subject], bucket.ring, self._device, self._effort)
+
+    def _prepared(self, config: Config) -> Runner:
+        """The config as a compiled graph would run it: through PyTorch's dispatcher, with a plan."""
+        bucket = self._opened()
+        bound = self._bound(config)
+        args = bucket.ring.sets[0]
+        if not bound.binding.accepts(args) or not bound.binding.launchable(args, bound.variants[0].shape.align):
+            raise UnsupportedCall(f"{bucket.op.name} would run its reference: the model's arguments do not suit it")
+        overload = getattr(torch.ops.autofuse, bucket.op.name).default
+        plan = str(self._plan(config))
+        return runner(lambda *args: overload(*args, plan), bucket.ring, self._device, self._effort)
+
+    def _bound(self, config: Config) -> BoundPlan:
+        return bind_plan(self._opened().op, self._plan(config), self._device)
+
+    def _plan(self, config: Config) -> Plan:
+        bucket = self._opened()
+        return Plan(self._target.arch, bucket.problem, ((bucket.tokens, config),))
+
+    @contextmanager
+    def _running(self, subject: Subject) -> Iterator[None]:
+        """What fails in this block is the fault of what was noted last, at first ``subject``."""
+        self._take_note(subject)
+        try:
+            with torch.no_grad(), blaming(subject):
+                yield
+                self._synchronise()  # a fault on a GPU is reported by whatever waits for it next
+        except CandidateFailed as failed:
+            failed.subject = self._subject
+            raise
+
+    def _take_note(self, subject: Subject) -> None:
+        self._subject = subject
+        self._note(subject)
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class _Bucket:
+    """What is kept for the candidates of a bucket."""
+
+    def __init__(self, op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> None:
+        self.op = op
+        self.problem = problem
+        self.tokens = tokens
+        self.verification = Verification(op, problem, tokens, device, effort)
+        self.verification.prepare()
+        self.ring: Ring = example_ring(op, problem, tokens, device, effort)
+        self.baselines: dict[str, Callable[..., object]] = {}
+        self.runners: dict[Subject, Runner] = {}
+
+
+class _NotedRunner(Runner):
+    def __init__(self, inner: Runner, subject: Subject, note: Note) -> None:
+        self._inner = inner
+        self._subject = subject
+        self._note = note
+
+    def _time_us(self) -> float:
+        return self._inner._time_us()
+
+    def round_us(self) -> float:
+        self._note(self._subject)
+        return self._inner.round_us()
