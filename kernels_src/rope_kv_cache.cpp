@@ -206,11 +206,6 @@ static inline void norm_and_rotate(const E* x, const E* weight, float scale, E* 
     }
 }
 
-static inline Words words_of(Floats values) {
-    Words bits;
-    memcpy(&bits, &values, sizeof bits);
-    return bits;
-}
 static inline Words chosen(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // A head as e4m3 of value ÷ scale: rounded to nearest even, saturated.

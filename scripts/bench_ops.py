@@ -5,6 +5,7 @@
     python scripts/bench_ops.py --tables --json benchmarks/h200        # every table of benchmarks/h200/peers.json
     python scripts/bench_ops.py --tables --gpus 4 --effort quick       # its rows shared out over four GPUs
     python scripts/bench_ops.py --tables rope_kv_cache_8_1,mla_v_up_quant_h16 --resume --json benchmarks/h200
+    python scripts/bench_ops.py --tables --device cpu --tokens 1,64 --effort quick --no-compile-plus --json benchmarks/cpu
     python scripts/bench_ops.py --chain --json benchmarks/h200         # recorded configs between GEMMs, PDL on and off
     python scripts/bench_ops.py --markdown                             # writes the results into docs/performance.md
 
@@ -56,6 +57,7 @@ def worker_command(tables: list[Table], results: Results, options: argparse.Name
     command = [sys.executable, __file__, "--tables", ",".join(table.name for table in tables)]
     command += ["--peers", str(options.peers), "--json", str(results.folder)]
     command += ["--device", options.device, "--effort", options.effort]
+    command += ["--tokens", options.tokens] if options.tokens else []
     command += ["--no-compile-plus"] if options.no_compile_plus else []
     return [*command, *(["--database", str(options.database)] if options.database else [])]
 
@@ -90,13 +92,22 @@ def chosen_tables(options: argparse.Namespace) -> list[Table]:
         names = [name for name in (options.tables or "").split(",") if name] or [table.name for table in tables]
         if unknown := set(names) - {table.name for table in tables}:
             raise BadInput(f"--tables: {options.peers} has no {', '.join(sorted(unknown))}")
-        return [table for table in tables if table.name in names]
+        chosen = [table for table in tables if table.name in names]
+        return [replace(table, tokens=tokens_of(options.tokens)) for table in chosen] if options.tokens else chosen
     if options.problem:
         problem = Problem.parse(options.problem)
     else:
         (problem, *_) = get_op(options.op).model_problems(model_config(options.model), options.dtype)
     known = next((table for table in tables if table.problem == problem), Table(problem.op, problem, ()))
-    return [replace(known, tokens=tuple(int(count) for count in options.tokens.split(",")))]
+    return [replace(known, tokens=tokens_of(options.tokens or "1,64,2048"))]
+
+
+def tokens_of(text: str) -> tuple[int, ...]:
+    """``1,64`` as numbers. Raises BadInput."""
+    try:
+        return tuple(int(count) for count in text.split(","))
+    except ValueError:
+        raise BadInput(f"--tokens {text!r} is not a list of numbers such as 1,64") from None
 
 
 def parsed() -> argparse.Namespace:
@@ -106,7 +117,6 @@ def parsed() -> argparse.Namespace:
     one.add_argument("--model", default="deepseek-v3")
     one.add_argument("--problem", help="a problem as `autofuse show` prints it, instead of --op and --model")
     one.add_argument("--dtype", default="bf16")
-    one.add_argument("--tokens", default="1,64,2048")
     many = parser.add_argument_group("tables")
     many.add_argument("--tables", nargs="?", const="", help="all tables, or those of these names")
     many.add_argument("--peers", type=Path, default=PEERS, help="the file that lists them")
@@ -115,6 +125,7 @@ def parsed() -> argparse.Namespace:
     many.add_argument("--shard", help="I/N: measure only this process's rows; what --gpus starts")
     many.add_argument("--chain", action="store_true", help="time recorded configs between GEMMs, with and without PDL")
     many.add_argument("--markdown", action="store_true", help=f"write the results in --json into {DOCUMENT.name}")
+    parser.add_argument("--tokens", help="T of the rows, such as 1,64: in place of a table's own, or of 1,64,2048")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--effort", default="default", choices=sorted(EFFORTS))
     parser.add_argument("--no-compile-plus", action="store_true", help="leave out that column, which takes the longest")
