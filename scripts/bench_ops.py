@@ -4,6 +4,7 @@
     python scripts/bench_ops.py --tokens 1,64,2048                     # one op of a model, or --problem '...'
     python scripts/bench_ops.py --tables --json benchmarks/h200        # every table of benchmarks/h200/peers.json
     python scripts/bench_ops.py --tables --gpus 4 --effort quick       # its rows shared out over four GPUs
+    python scripts/bench_ops.py --tables --recorded --effort quick     # all rows anew, from the recorded configs on
     python scripts/bench_ops.py --tables rope_kv_cache_8_1,mla_v_up_quant_h16 --resume --json benchmarks/h200
     python scripts/bench_ops.py --tables --device cpu --tokens 1,64 --effort quick --no-compile-plus --json benchmarks/cpu
     python scripts/bench_ops.py --chain --json benchmarks/h200         # recorded configs between GEMMs, PDL on and off
@@ -26,11 +27,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from autofuse.cache_db import TunedDatabase
+from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.errors import BadInput
 from autofuse.models import model_config
 from autofuse.ops import Config, Problem, get_op
-from autofuse.targets import parse_device
+from autofuse.targets import parse_device, target_of
 from autofuse.tuner.budgets import EFFORTS
 from bench.chain import chain_times
 from bench.measuring import free_memory
@@ -46,6 +47,20 @@ def measure(tables: list[Table], results: Results, options: argparse.Namespace) 
         run = RowRun(device, EFFORTS[options.effort], database, results, not options.no_compile_plus)
         run.say = lambda text: print(f"{shard}: {text}" if shards > 1 else text, flush=True)
         return run.run(all_rows(tables)[shard::shards])
+
+
+def propose(tables: list[Table], results: Results, options: argparse.Namespace) -> None:
+    """Lets the tuner begin with the recorded configs: it takes winners of other sources for proposals."""
+    target = target_of(parse_device(options.device))
+    with TunedDatabase(options.database) as database:
+        provenance = database.record_provenance({"config": "recorded"})
+        for table, tokens in all_rows(tables):
+            row = results.read(table.name)["rows"].get(str(tokens), {})
+            if "config" in row:
+                times = (row["us"]["ours"], row["spread_us"], "eager", row["us"]["eager"], 1.0, 1.0, 1.0)
+                config = Config.parse(row["config"])
+                winner = Winner(target, table.problem, tokens, config, "recorded", *times, provenance)
+                database.record_winner(winner)
 
 
 def all_rows(tables: list[Table]) -> list[tuple[Table, int]]:
@@ -122,6 +137,7 @@ def parsed() -> argparse.Namespace:
     many.add_argument("--peers", type=Path, default=PEERS, help="the file that lists them")
     many.add_argument("--gpus", type=int, default=1, help="GPUs that share the rows")
     many.add_argument("--resume", action="store_true", help="keep rows of the present kernels that did not fail")
+    many.add_argument("--recorded", action="store_true", help="tune beginning with the recorded configs, all rows anew")
     many.add_argument("--shard", help="I/N: measure only this process's rows; what --gpus starts")
     many.add_argument("--chain", action="store_true", help="time recorded configs between GEMMs, with and without PDL")
     many.add_argument("--markdown", action="store_true", help=f"write the results in --json into {DOCUMENT.name}")
@@ -152,6 +168,9 @@ def main() -> None:
             chains(tables, results, options)
             return
         device = parse_device(options.device)
+        if options.recorded:
+            options.database = options.database or Path(scratch) / "tuned.db"
+            propose(tables, results, options)
         for table in tables:
             results.keep(table.name, source_hash(table.problem, device) if options.resume else None)
         if options.tables is None:
