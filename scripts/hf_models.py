@@ -32,6 +32,9 @@ def deepseek(
 ) -> nn.Module:
     """DeepSeek-V2 or V3 for causal language modelling; the last layer has experts, the others are dense.
 
+    Each token goes to all four experts: else rounding would decide to which, where two have nearly the same score, and
+    what is equal but for rounding would differ by a whole expert.
+
     Args:
         changes: to the config.
     """
@@ -51,9 +54,9 @@ def deepseek(
         "num_key_value_heads": 4,
         "n_shared_experts": 1,
         "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": 4,
         "n_group": 2,
-        "topk_group": 1,
+        "topk_group": 2,
         "first_k_dense_replace": layers - 1,
         "q_lora_rank": Q_RANK,
         "kv_lora_rank": KV_RANK,
