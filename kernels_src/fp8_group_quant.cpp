@@ -1,7 +1,7 @@
 // fp8_group_quant on a CPU: see fp8_group_quant.cu for what it computes.
 //
-// A task is one token; THREADS threads take tokens in turn. A group stays in registers between its amax and its division.
-// Where NORM is set, the normed row waits in the L1 cache.
+// A task is one token; THREADS threads take tokens in turn. A group is read twice, from memory for its amax and
+// from the L1 cache for its division. Where NORM is set, the normed row waits there.
 //
 // Constants of the problem: ELEMENT, X_WIDTH, GROUP, UE8M0, SCALE_LAYOUT, NORM, CAST_BEFORE_WEIGHT, as on a GPU.
 // Tunables:

@@ -2,6 +2,7 @@
 //
 // A task is one head; THREADS threads take heads in turn. ROWS tokens by PANEL columns of sums stay in registers while LATENT
 // passes by. For more than ROWS tokens, the head's W_UV is rearranged first, once for all of them, and stays in the L2 cache.
+// For one token it is read once, in the order in which it lies in memory.
 //
 // Constants of the problem: ELEMENT, HEADS, LATENT, V_DIM, GROUP, UE8M0, SCALE_LAYOUT, as on a GPU.
 // Tunables:
@@ -55,7 +56,10 @@ struct Multiplier {
     static inline float load_x(const X* from) { return *from; }
     static inline void load(const Element* from, int64_t, Vector (&vectors)[VECTORS]) {
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) vectors[v] = ::Element<Element>::load(from + v * LANES);
+        for (int v = 0; v < VECTORS; v += 2) {
+            const Two two = ::Element<Element>::load_two(from + v * LANES);
+            vectors[v] = two.a, vectors[v + 1] = two.b;
+        }
     }
     static inline Floats add(Floats sum, float x, Vector w) { return sum + x * w; }
 };
@@ -92,9 +96,14 @@ struct Multiplier<bf16> {
 #endif
 
 typedef Multiplier<E> Product;
-constexpr int STEPS = LATENT / Product::STEP;
+constexpr int STEPS = LATENT / Product::STEP, PANELS = V_DIM / PANEL;
 
 typedef Product::Vector Panel[STEPS][VECTORS];  // of W_UV, rearranged
+
+static inline void store_sums(E* to, const Floats (&sums)[VECTORS]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v += 2) Element<E>::store_two(to + v * LANES, {sums[v], sums[v + 1]});
+}
 
 // One panel of columns of COUNT tokens. `panel` holds the columns if it is not null, else they are at w.
 template <int COUNT>
@@ -117,10 +126,7 @@ static inline void multiply(const Params& p, Rows<Product::X> x, const E* w, con
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < COUNT; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) Element<E>::store(out[r] + v * LANES, sums[r][v]);
-    }
+    for (int r = 0; r < COUNT; ++r) store_sums(out[r], sums[r]);
 }
 
 // The same for `count` tokens, at most COUNT.
@@ -133,8 +139,33 @@ static inline void multiply_some(int count, const Params& p, Rows<Product::X> x,
     multiply<COUNT>(p, x, w, panel, out);
 }
 
+// All columns of one token. Some rows of W_UV at a time come into the L1 cache, and as many panels' sums are in registers as
+// fit.
+static inline void multiply_one(const Params& p, Rows<Product::X> x, const E* w, E* out) {
+    constexpr int MOST = 8 / VECTORS, AT_ONCE = PANELS % MOST == 0 ? MOST : 1, BLOCK = 16;
+    Floats sums[PANELS][VECTORS] = {};
+    for (int first = 0; first < STEPS; first += BLOCK) {
+        const int end = first + BLOCK < STEPS ? first + BLOCK : STEPS;
+        for (int c = 0; c < PANELS; c += AT_ONCE) {
+            Floats some[AT_ONCE][VECTORS];
+            memcpy(some, sums[c], sizeof some);
+            for (int s = first; s < end; ++s) {
+                const auto element = Product::load_x(x.first + s * Product::STEP);
+#pragma GCC unroll 4
+                for (int a = 0; a < AT_ONCE; ++a) {
+                    Product::Vector columns[VECTORS];
+                    Product::load(w + s * Product::STEP * p.w_row + (c + a) * PANEL, p.w_row, columns);
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v) some[a][v] = Product::add(some[a][v], element, columns[v]);
+                }
+            }
+            memcpy(sums[c], some, sizeof some);
+        }
+    }
+    for (int c = 0; c < PANELS; ++c) store_sums(out + c * PANEL, sums[c]);
+}
+
 static void task(const Params& p, int64_t head) {
-    constexpr int PANELS = V_DIM / PANEL;
     alignas(64) static thread_local Panel panels[PANELS];
     const E* w = p.w + head * p.w_head;
     const bool rearrange = p.tokens > ROWS;
@@ -144,7 +175,8 @@ static void task(const Params& p, int64_t head) {
         const int count = p.tokens - t < ROWS ? int(p.tokens - t) : ROWS;
         const auto x = Product::rows({p.x + t * p.x_token + head * p.x_head, p.x_token}, count);
         alignas(64) E rounded[ROWS][V_DIM];
-        for (int c = 0; c < PANELS; ++c) {
+        if (p.tokens == 1) multiply_one(p, x, w, rounded[0]);
+        for (int c = 0; p.tokens > 1 && c < PANELS; ++c) {
             E(*out)[V_DIM] = reinterpret_cast<E(*)[V_DIM]>(rounded[0] + c * PANEL);
             multiply_some<ROWS>(count, p, x, w + c * PANEL, rearrange ? &panels[c] : nullptr, out);
         }

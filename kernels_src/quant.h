@@ -78,17 +78,33 @@ static inline int64_t swizzled_index(int64_t token, int64_t group, int64_t group
 
 // ---- Rounding -------------------------------------------------------------------------------------------------------
 
-// LANES values as e4m3: nearest even, saturated.
-static inline void store_e4m3(uint8_t* to, Floats values) {
+// Values as e4m3, one in each word: nearest even, saturated.
+static inline Words e4m3_codes(Floats values) {
     const Words bits = words_of(values), magnitude = bits & 0x7fffffffu;
     // Below 2^-6: multiples of 2^-9, which is what the addition of 2^14 rounds to.
     const Words small = words_of(floats_of(magnitude) + 16384.f) - 0x46800000u;
     const Words large = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
-    Words code = magnitude < 0x3c800000u ? small : large;
-    code = code < 0x7eu ? code : Words{} + 0x7eu;                     // 448
-    code = magnitude > 0x7f800000u ? Words{} + 0x7fu : code;          // NaN
-    const Bytes packed = __builtin_convertvector(code | ((bits >> 24) & 0x80u), Bytes);
+    Words code = (Ints)magnitude < 0x3c800000 ? small : large;
+    code = code < 0x7eu ? code : Words{} + 0x7eu;  // 448, and NaN
+    code -= (Words)(values != values);             // a NaN's is the next one: true is -1
+    return code | ((bits >> 24) & 0x80u);
+}
+
+static inline void store_e4m3(uint8_t* to, Floats values) {
+    const Bytes packed = __builtin_convertvector(e4m3_codes(values), Bytes);
     memcpy(to, &packed, sizeof packed);
+}
+
+// 2 * LANES values in E's order.
+template <typename E>
+static inline void store_two_e4m3(uint8_t* to, Two values) {
+    if constexpr (Element<E>::EVEN_ODD) {
+        const Halves packed = __builtin_convertvector(e4m3_codes(values.a) | e4m3_codes(values.b) << 8, Halves);
+        memcpy(to, &packed, sizeof packed);
+    } else {
+        store_e4m3(to, values.a);
+        store_e4m3(to + LANES, values.b);
+    }
 }
 
 // LANES values as e2m1, two in a byte: nearest, ties to an even code, saturated; NaN is 6.
@@ -122,33 +138,45 @@ static inline void quantise_row(const E* __restrict x, uint8_t* __restrict value
         const float factor = 1.f / *given;
         uint8_t* out = values + token * WIDTH + first;
         int i = 0;
+        for (; i + 2 * LANES <= COUNT; i += 2 * LANES) {
+            const Two two = Element<E>::load_two(x + i);
+            store_two_e4m3<E>(out + i, {two.a * factor, two.b * factor});
+        }
         for (; i + LANES <= COUNT; i += LANES) store_e4m3(out + i, Element<E>::load(x + i) * factor);
         for (; i < COUNT; ++i) out[i] = e4m3_bits(load_one(x + i) * factor);
     } else {
-        constexpr int GROUPS = WIDTH / GROUP, VECTORS = GROUP / LANES;
+        constexpr int GROUPS = WIDTH / GROUP;
         static_assert(GROUP % LANES == 0 && COUNT % GROUP == 0, "whole vectors and groups");
         const int64_t at = token * WIDTH + first, first_group = first / GROUP;
         for (int64_t g = 0; g < COUNT / GROUP; ++g) {
-            Floats group[VECTORS];
-            Words largest = {};
-#pragma GCC unroll 32
-            for (int v = 0; v < VECTORS; ++v) {
-                group[v] = Element<E>::load(x + g * GROUP + v * LANES);
-                largest = larger_magnitudes(largest, group[v]);
-            }
-            const float amax = largest_of(largest);
             if constexpr (GROUP == 16) {
-                const Fp4Scale scale(amax, *given);
+                constexpr int VECTORS = GROUP / LANES;
+                Floats group[VECTORS];
+                Words largest = {};
+#pragma GCC unroll 32
+                for (int v = 0; v < VECTORS; ++v) {
+                    group[v] = Element<E>::load(x + g * GROUP + v * LANES);
+                    largest = larger_magnitudes(largest, group[v]);
+                }
+                const Fp4Scale scale(largest_of(largest), *given);
                 static_cast<uint8_t*>(scales)[swizzled_index(token, first_group + g, GROUPS)] = scale.bits;
 #pragma GCC unroll 32
                 for (int v = 0; v < VECTORS; ++v)
                     store_e2m1(values + (at + g * GROUP + v * LANES) / 2, group[v] * scale.factor);
             } else {
-                const float scale = group_scale(amax);
-                static_cast<float*>(scales)[scale_index(token, first_group + g, GROUPS, tokens)] = scale;
+                static_assert(GROUP == 16 || GROUP % (2 * LANES) == 0, "whole pairs of vectors");
+                Words largest = {};
 #pragma GCC unroll 32
-                for (int v = 0; v < VECTORS; ++v)
-                    store_e4m3(values + at + g * GROUP + v * LANES, group[v] / scale);
+                for (int i = 0; i < GROUP; i += 2 * LANES) {
+                    const Two two = Element<E>::load_two(x + g * GROUP + i);
+                    largest = larger_magnitudes(larger_magnitudes(largest, two.a), two.b);
+                }
+                const float scale = group_scale(largest_of(largest));
+                static_cast<float*>(scales)[scale_index(token, first_group + g, GROUPS, tokens)] = scale;
+                for (int i = 0; i < GROUP; i += 2 * LANES) {  // once more, from the L1 cache: more than registers hold
+                    const Two two = Element<E>::load_two(x + g * GROUP + i);
+                    store_two_e4m3<E>(values + at + g * GROUP + i, {two.a / scale, two.b / scale});
+                }
             }
         }
         if (GROUP == 16 && first + COUNT == WIDTH)  // the columns that are padded

@@ -54,29 +54,46 @@ constexpr int HALF = ROPE / 2;
 constexpr bool IN_HALVES = NEOX || DEINTERLEAVE;  // of the results
 constexpr bool FP8_CACHE = CACHE >= 2;
 
-static inline void widen(const TableElement* from, float* to) {
+// Of each half, what is turned two vectors at a time; the rest, and pairs of another style, one vector at a time.
+constexpr int TWO = 2 * LANES, IN_TWOS = NEOX ? HALF - HALF % TWO : 0;
+
+static inline void widen(const TableElement* from, float* to, int count) {
     int i = 0;
-    for (; i + LANES <= HALF; i += LANES) Element<fp32>::store(to + i, Element<TableElement>::load(from + i));
-    for (; i < HALF; ++i) to[i] = load_one(from + i);
+    for (; i + LANES <= count; i += LANES) Element<fp32>::store(to + i, Element<TableElement>::load(from + i));
+    for (; i < count; ++i) to[i] = load_one(from + i);
 }
 
-// The factors of x and of its partner, element by element: halves have HALF of each, GPT-J ROPE, with the sines' signs.
+// The factors of x and of its partner, element by element: halves have HALF of each, those of two vectors in E's order;
+// GPT-J has ROPE, with the sines' signs.
 struct Angles {
     float cosines[ROPE], sines[ROPE];
 
     explicit Angles(const TableElement* row) {
         if (IN_HALVES) {
-            widen(row, cosines);
-            widen(row + HALF, sines);
+            widen_half(row, cosines);
+            widen_half(row + HALF, sines);
             return;
         }
         float cosine[HALF], sine[HALF];
-        widen(row, cosine);
-        widen(row + HALF, sine);
+        widen(row, cosine, HALF);
+        widen(row + HALF, sine, HALF);
         for (int i = 0; i < HALF; ++i) {
             cosines[2 * i] = cosines[2 * i + 1] = cosine[i];
             sines[2 * i] = -sine[i], sines[2 * i + 1] = sine[i];
         }
+    }
+
+    static inline void widen_half(const TableElement* from, float* to) {
+        if (Element<TableElement>::EVEN_ODD == Element<E>::EVEN_ODD) {
+            for (int i = 0; i < IN_TWOS; i += TWO) {
+                const Two values = Element<TableElement>::load_two(from + i);
+                Element<fp32>::store(to + i, values.a);
+                Element<fp32>::store(to + i + LANES, values.b);
+            }
+        } else {  // of fp32, for elements that are not
+            for (int i = 0; i < IN_TWOS; ++i) to[i / TWO * TWO + i % 2 * LANES + i % TWO / 2] = load_one(from + i);
+        }
+        widen(from + IN_TWOS, to + IN_TWOS, HALF - IN_TWOS);
     }
 };
 
@@ -91,10 +108,11 @@ static inline Floats neighbours(Floats values) {
     return values;
 }
 
-// A head as it is given, LANES elements or one at a time.
+// A head as it is given: two vectors of elements, one, or one element.
 struct Given {
     const E* x;
 
+    Two two(int i) const { return Element<E>::load_two(x + i); }
     Floats lanes(int i) const { return Element<E>::load(x + i); }
     float one(int i) const { return load_one(x + i); }
 };
@@ -104,6 +122,11 @@ struct Normed {
     const E* weight;
     float scale;
 
+    Two two(int i) const {
+        const Two values = Element<E>::load_two(x + i), weights = Element<E>::load_two(weight + i);
+        return {Element<E>::round(Element<E>::round(values.a * scale) * weights.a),
+                Element<E>::round(Element<E>::round(values.b * scale) * weights.b)};
+    }
     Floats lanes(int i) const {
         return Element<E>::round(Element<E>::round(Element<E>::load(x + i) * scale) * Element<E>::load(weight + i));
     }
@@ -129,8 +152,18 @@ struct Apart {
 
 template <class Head>
 static inline void rotate(const Head& x, E* __restrict to, const Angles& angles) {
-    if (IN_HALVES) {
+    if constexpr (IN_HALVES) {
         int i = 0;
+        if constexpr (IN_TWOS > 0) {
+#pragma GCC unroll 2
+            for (; i < IN_TWOS; i += TWO) {
+                const Two a = x.two(i), b = x.two(HALF + i);
+                const Floats cosines[] = {floats_at(angles.cosines + i), floats_at(angles.cosines + i + LANES)};
+                const Floats sines[] = {floats_at(angles.sines + i), floats_at(angles.sines + i + LANES)};
+                Element<E>::store_two(to + i, {a.a * cosines[0] - b.a * sines[0], a.b * cosines[1] - b.b * sines[1]});
+                Element<E>::store_two(to + HALF + i, {b.a * cosines[0] + a.a * sines[0], b.b * cosines[1] + a.b * sines[1]});
+            }
+        }
         for (; i + LANES <= HALF; i += LANES) {
             const Floats a = x.lanes(i), b = x.lanes(HALF + i);
             const Floats cosines = floats_at(angles.cosines + i), sines = floats_at(angles.sines + i);
@@ -191,7 +224,7 @@ struct Scales {
 
 template <class Head>
 static inline void rotate_in_style(const Head& x, E* to, const Angles& angles) {
-    if (DEINTERLEAVE) {
+    if constexpr (DEINTERLEAVE) {
         rotate(Apart<Head>(x), to, angles);
     } else {
         rotate(x, to, angles);

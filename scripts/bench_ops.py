@@ -6,9 +6,10 @@
     python scripts/bench_ops.py --tables --gpus 4 --effort quick       # its rows shared out over four GPUs
     python scripts/bench_ops.py --tables --recorded --effort quick     # all rows anew, from the recorded configs on
     python scripts/bench_ops.py --tables rope_kv_cache_8_1,mla_v_up_quant_h16 --resume --json benchmarks/h200
-    python scripts/bench_ops.py --tables --device cpu --tokens 1,64 --effort quick --no-compile-plus --json benchmarks/cpu
+    python scripts/bench_ops.py --tables --device cpu --tokens 1,64 --no-compile-plus --json benchmarks/cpu
     python scripts/bench_ops.py --chain --json benchmarks/h200         # recorded configs between GEMMs, PDL on and off
     python scripts/bench_ops.py --markdown                             # writes the results into docs/performance.md
+    python scripts/bench_ops.py --markdown --json benchmarks/cpu       # and those of a CPU
 
 What is not tuned yet is tuned first (into --database). All functions of a row are measured in turns, over inputs that
 rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a
@@ -36,7 +37,7 @@ from autofuse.tuner.budgets import EFFORTS
 from bench.chain import chain_times
 from bench.measuring import free_memory
 from bench.running import RowRun, facts, run_workers, source_hash
-from bench.showing import DOCUMENT, markdown, replace_generated, summary_lines, terminal_table
+from bench.showing import DOCUMENT, beginning, markdown, replace_generated, summary_lines, terminal_table
 from bench.tables import PEERS, SMALL_TOKENS, Results, Table, load_tables, summary
 
 
@@ -156,8 +157,9 @@ def main() -> None:
     tables = chosen_tables(options)
     if options.markdown:
         results = Results(options.json or PEERS.parent)
-        generated = markdown(tables, results)
-        DOCUMENT.write_text(replace_generated(DOCUMENT.read_text(encoding="utf-8"), generated), encoding="utf-8")
+        tables = [table.as_recorded(results.read(table.name)) for table in tables]
+        document, begin = DOCUMENT.read_text(encoding="utf-8"), beginning(tables, results)
+        DOCUMENT.write_text(replace_generated(document, markdown(tables, results), begin), encoding="utf-8")
         results.write(results.folder / "summary.json", summary(tables, results))
         return
     with tempfile.TemporaryDirectory() as scratch:

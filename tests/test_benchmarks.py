@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from autofuse.errors import TargetUnavailable
+from autofuse.errors import BadInput, TargetUnavailable
 from autofuse.ops import OPS, Config, FusedOp, Problem, get_op
 from autofuse.tuner.api import checked_problem
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, BucketStarted, Event
 from bench import running
 from bench.chain import Chain, launched_plainly
-from bench.showing import DOCUMENT, markdown, replace_generated, summary_lines
+from bench.showing import DOCUMENT, beginning, markdown, replace_generated, summary_lines
 from bench.tables import PEERS, Results, Table, load_tables, summary
+from bench_ops import chosen_tables
 
 CPU = torch.device("cpu")
 PROBLEM = Problem.parse("mla_dual_rms_norm(dtype=bf16,q_lora_rank=96,kv_lora_rank=40,cast_before_weight=1)")
@@ -82,6 +84,21 @@ def test_times_of_another_device_do_not_count(results: Results) -> None:
     assert (verdict.best_peer, verdict.lead, verdict.to_reach_us) == ("compile+", 2.0, None)
 
 
+def test_on_another_device_a_table_has_the_rows_that_were_measured(results: Results) -> None:
+    content = results.read("norms")
+    assert TABLE.as_recorded(content) == TABLE
+    elsewhere = {**content, "target": "cpu:x86-64-v3:AMD EPYC (2 threads)", "rows": {"64": row(1.0)}}
+    assert TABLE.as_recorded(elsewhere).tokens == (64,)
+
+
+def test_tokens_replace_those_of_the_tables() -> None:
+    chosen = chosen_tables(Namespace(peers=PEERS, tables="", tokens="1,64", chain=False, markdown=False))
+    assert {table.name for table in chosen} == {table.name for table in load_tables()}
+    assert {table.tokens for table in chosen} == {(1, 64)}
+    with pytest.raises(BadInput, match="not a list of numbers"):
+        chosen_tables(Namespace(peers=PEERS, tables="", tokens="1,many", chain=False, markdown=False))
+
+
 def test_the_summary_counts_failures_misses_and_slower_rows(results: Results) -> None:
     other = Table("other", PROBLEM, (4, 64), to_reach={"4": 1.0, "64": 1.0})
     results.record(other, 64, {"error": "LaunchError: too large"}, FACTS)
@@ -125,8 +142,11 @@ def test_markdown_shows_what_was_measured_and_recorded(results: Results) -> None
 
 def test_the_document_shows_the_recorded_results() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
-    generated = markdown(load_tables(), Results(PEERS.parent))
-    assert replace_generated(document, generated) == document, "run scripts/bench_ops.py --markdown"
+    for folder in ("h200", "cpu"):
+        results = Results(PEERS.parents[1] / folder)
+        tables = [table.as_recorded(results.read(table.name)) for table in load_tables()]
+        generated = replace_generated(document, markdown(tables, results), beginning(tables, results))
+        assert generated == document, f"run scripts/bench_ops.py --markdown --json benchmarks/{folder}"
 
 
 def test_every_recorded_table_is_one_of_the_listed() -> None:

@@ -19,6 +19,7 @@ from autofuse.errors import AutofuseError, BadInput, TargetUnavailable, Unsuppor
 from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import target_of
 from autofuse.tuner import api, bench
+from autofuse.tuner.baselines import compiled_reference
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, tune_buckets
@@ -66,6 +67,16 @@ def test_tuning_leaves_trials_baselines_and_a_winner(device: torch.device, tiny:
     assert winner.baseline_us == min(baseline.time_us for baseline in baselines.values())
     assert sum(isinstance(event, TrialDone) for event in events) == tiny.trials
     assert events[-1] == BucketDone(Bucket(problem, 4), winner, measured=True)
+
+
+@pytest.mark.parametrize("name", ["rope_kv_cache", "mla_rope_kv_cache_cat"])
+def test_generated_code_is_called_alone_whatever_the_order_in_which_inputs_are_used(name: str) -> None:
+    op = get_op(name)
+    args = op.example_args(op.sweep_problems()[0], 3, CPU, torch.Generator().manual_seed(1))
+    _, generated = compiled_reference(op, args)
+    assert generated is not None
+    for result, expected in zip(generated(*args), op.unfused(*args), strict=True):
+        torch.testing.assert_close(result.float(), expected.float(), rtol=0.02, atol=0.02)
 
 
 def test_tuning_twice_measures_nothing_twice(tiny: Effort) -> None:

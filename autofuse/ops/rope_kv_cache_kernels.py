@@ -165,7 +165,7 @@ def _hip_default(problem: Problem, tokens: int) -> Config:
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=1 if tokens <= 4 else most_threads(tokens), SERIAL_ROWS=0, VECTOR_BYTES=64)
+    return Config.of(THREADS=1 if tokens <= 4 else most_threads(tokens), SERIAL_ROWS=0, VECTOR_BYTES=32)
 
 
 KERNELS = {

@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ class Table:
         """The table as it is on a device: without what was recorded on another one."""
         same = device_name == self.device
         return self if same else Table(self.name, self.problem, self.tokens, self.about)
+
+    def as_recorded(self, content: Mapping[str, Any]) -> Table:
+        """The table as it is where its file comes from: on a device of its own with all its rows, on another one with
+        those that were measured.
+        """
+        known = self.on(device_name(content))
+        return known if known.device else replace(known, tokens=tuple(map(int, content["rows"])))
 
     def verdict(self, tokens: int, row: Row) -> Verdict | None:
         """What a measured row says; None if it failed."""
