@@ -54,7 +54,7 @@ from autofuse.graph.settings import Settings
 from autofuse.runtime.dispatch import registry
 from fuzz_workers import run_seeds
 from graph_mutants import arguments_of, mutated, run_graph
-from layer_dialects import TABLE_ROWS
+from layer_dialects import TABLE_ROWS, layer_caches, layers_known
 from random_layers import Layer, draw_layer
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -144,15 +144,19 @@ def run_layer(layer: Layer, inductor: bool = False) -> Outcome:
     options = {**FUSE, "post_grad_custom_post_pass": lambda graph: kept.append(copy.deepcopy(graph))}
     token = watching.set(watch)
     try:
-        with torch.no_grad(), _compiling(inductor):
+        with torch.no_grad(), layers_known(), _compiling(inductor):
             dynamic = None if len(calls) > 1 else False
             compiled = torch.compile(function, backend="autofuse", fullgraph=True, dynamic=dynamic, options=options)
             for tokens in calls:
-                expected, results = layer.arguments(tokens), layer.arguments(tokens)
+                before = {**layer.arguments(tokens), **layer_caches()}
+                expected = layer.arguments(tokens)
+                after = {**expected, **layer_caches()}
                 try:
                     right = function(**expected)
                 except Exception as error:
                     return Outcome(case, invalid=f"{type(error).__name__}: {error}")
+                results = layer.arguments(tokens)
+                changed = {**results, **layer_caches()}
                 for each in layer.inputs:
                     if each.dynamic:
                         torch._dynamo.maybe_mark_dynamic(results[each.name], 0)
@@ -162,7 +166,7 @@ def run_layer(layer: Layer, inductor: bool = False) -> Outcome:
                     return Outcome(case, tuple(watch.reports), f"T={tokens}: {type(error).__name__}: {error}")
                 wrong = [
                     *differences(layer, right, given, strides=inductor),
-                    *changes(layer, layer.arguments(tokens), expected, results),
+                    *changes(layer, before, after, changed),
                     *_faults(watch.reports),
                 ]
                 if wrong:
@@ -179,12 +183,14 @@ def run_mutant(layer: Layer, graph: Graph, number: int) -> Outcome:
     if made is None:
         return Outcome(case, invalid="nothing can be changed")
     mutant, what = made
-    with torch.no_grad():
+    with torch.no_grad(), layers_known():
+        layer.arguments(layer.tokens)
+        old = {name: cache.clone() for name, cache in layer_caches().items()}
         arguments = valid_arguments(mutant, layer.seed)
         if arguments is None:
             return Outcome(case, invalid="no arguments suit it", graph=mutant, changes=tuple(what))
-        right = _results_of(mutant, arguments)
-        if _apart(layer, right, _results_of(in_place(copy.deepcopy(mutant)), arguments)):
+        right = _results_of(layer, mutant, arguments)
+        if _apart(layer, right, _results_of(layer, in_place(copy.deepcopy(mutant)), arguments)):
             # Nobody returns what was written into an argument, but a mutant may.
             return Outcome(case, invalid="Inductor's own passes change it", graph=mutant, changes=tuple(what))
         reports: list[GraphReport] = []
@@ -194,21 +200,22 @@ def run_mutant(layer: Layer, graph: Graph, number: int) -> Outcome:
             known = {CPU: Knowledge.of(CPU, settings)}
             FusionPass(settings, known, Origins({}), [], lambda identity: case, reports.append)(fused)
             fused.lint()
-            given = _results_of(in_place(fused), arguments)
+            given = _results_of(layer, in_place(fused), arguments)
         except Exception as error:
             return Outcome(case, tuple(reports), f"{type(error).__name__}: {error}", "", mutant, tuple(what))
     wrong = [*_faults(reports), *_apart(layer, right, given)]
-    before = {f"argument {at}": value for at, value in enumerate(arguments)}
+    before = {**{f"argument {at}": value for at, value in enumerate(arguments)}, **old}
     after = ({name: results[name] for name in before} for results in (right, given))
     wrong += changes(layer, before, *after)
     return Outcome(case, tuple(reports), "; ".join(wrong), "", mutant, tuple(what))
 
 
-def _results_of(graph: Graph, arguments: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The results of a graph, and its arguments after the call."""
+def _results_of(layer: Layer, graph: Graph, arguments: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The results of a graph, and its arguments and the caches that it finds by names after the call."""
+    layer.arguments(layer.tokens)  # fresh caches
     after = copies(arguments)
     results = {f"result {at}": value for at, value in enumerate(run_graph(graph, after))}
-    return results | {f"argument {at}": value for at, value in enumerate(after)}
+    return results | {f"argument {at}": value for at, value in enumerate(after)} | layer_caches()
 
 
 def _apart(layer: Layer, right: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

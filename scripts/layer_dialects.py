@@ -7,6 +7,8 @@ Rows are [T, width], heads [T, H, D]; ``table`` [P, R] holds cosines, then sines
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,10 @@ from torch.nn import functional as F  # noqa: N812
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import rope_dialects
-import vllm_standins  # noqa: F401  (registers vLLM's operators)
+import vllm_standins
 
 __all__ = [
-    "GPTJ",
     "LIBRARY",
-    "NEOX",
     "NORMS",
     "NO_NORMS",
     "NO_PRODUCTS",
@@ -28,7 +28,10 @@ __all__ = [
     "NO_ROPES",
     "PRODUCTS",
     "QUANTS",
+    "ROPES",
     "TABLE_ROWS",
+    "layer_caches",
+    "layers_known",
 ]
 
 TABLE_ROWS = 24
@@ -47,6 +50,43 @@ def twins(x: torch.Tensor) -> torch.Tensor:
 
 def table_of(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(TABLE_ROWS, size).clamp(-1, 1).to(dtype)
+
+
+def head_layer(name, cache, slots, pairs, dtype, scale):
+    """Makes a GQA layer known by its name, for the calls that follow; returns its slots."""
+    impl = vllm_standins.FlashAttentionImpl(dtype, pairs)
+    vllm_standins.layers[name] = vllm_standins.HeadLayer(cache, slots, impl, _k_scale=scale, _v_scale=scale * 2)
+    return slots
+
+
+def latent_layer(name, cache, slots, heads, nope, rank, value):
+    """The same for an MLA layer."""
+    w_uk, w_uv = (rows(*sizes, dtype=cache.dtype) / 8 for sizes in ((heads, nope, rank), (heads, rank, value)))
+    vllm_standins.layers[name] = vllm_standins.Layer(cache, slots, w_uk, w_uv, 0.1)
+    return slots
+
+
+def layer_caches() -> dict[str, torch.Tensor]:
+    """The caches of all layers that are known by a name."""
+    caches = {name: layer.kv_cache for name, layer in vllm_standins.layers.items()}
+    return {f"cache of {name}": c.view(E4M3) if c.dtype == torch.uint8 else c for name, c in caches.items()}
+
+
+@contextmanager
+def layers_known() -> Iterator[None]:
+    """In it, layers are found by their names as within a forward pass of vLLM."""
+    before = {name: sys.modules.get(name) for name in vllm_standins.modules}
+    sys.modules.update(vllm_standins.modules)  # type: ignore[arg-type]
+    vllm_standins.layers.clear()
+    try:
+        yield
+    finally:
+        vllm_standins.layers.clear()
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def norm_cast_first(x, weight, eps):
@@ -191,10 +231,10 @@ def rope_halves_swapped(x, table, positions):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def rope_neighbours_to_halves(x, table, positions):
-    """Hugging Face's DeepSeek-V3."""
-    x = x.view(*x.shape[:-1], -1, 2).transpose(-1, -2).reshape(x.shape)
-    return rope_dialects.hugging_face(x, table, positions)
+def rope_halves_to_neighbours(x, table, positions):
+    """What no op does."""
+    x = rope_dialects.vllm_neox(x, table, positions)
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
 def rope_heads_first(x, cos, sin):
@@ -204,8 +244,8 @@ def rope_heads_first(x, cos, sin):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-NEOX, GPTJ = rope_dialects.NEOX, rope_dialects.GPTJ
-NO_ROPES = [rope_backwards, rope_halves_swapped, rope_neighbours_to_halves]
+ROPES = [*rope_dialects.NEOX, *rope_dialects.GPTJ, *rope_dialects.DEINTERLEAVED]
+NO_ROPES = [rope_backwards, rope_halves_swapped, rope_halves_to_neighbours]
 PRODUCTS = [
     "torch.bmm({rows}.transpose(0, 1), {weight}).transpose(0, 1).reshape({rows}.shape[0], -1)",
     "torch.matmul({rows}.transpose(0, 1), {weight}).transpose(0, 1).flatten(-2)",
@@ -217,11 +257,13 @@ NO_PRODUCTS = [
     "torch.bmm({rows}.transpose(0, 1), {weight}).flip(0).transpose(0, 1).reshape({rows}.shape[0], -1)",
 ]
 
-_FUNCTIONS = [*NORMS, *NO_NORMS, *QUANTS, *NO_QUANTS, static_quant, static_quant_by_operator, *NEOX, *GPTJ, *NO_ROPES]
+_FUNCTIONS = [*NORMS, *NO_NORMS, *QUANTS, *NO_QUANTS, static_quant, static_quant_by_operator, *ROPES, *NO_ROPES]
 _FUNCTIONS += [
     rope_dialects.first_columns,
     rope_dialects.last_columns_in_place,
     rope_heads_first,
+    head_layer,
+    latent_layer,
     rows,
     table_of,
     twins,

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 
 from layer_dialects import (
-    GPTJ,
     LIBRARY,
-    NEOX,
     NO_NORMS,
     NO_PRODUCTS,
     NO_QUANTS,
@@ -26,15 +24,16 @@ from layer_dialects import (
     NORMS,
     PRODUCTS,
     QUANTS,
+    ROPES,
     TABLE_ROWS,
 )
 
 __all__ = ["Input", "Layer", "Output", "draw_layer"]
 
-HIDDEN, Q_RANK, LATENT, ROPE, NOPE = 64, 128, 64, 16, 24
+HIDDEN, Q_RANK, LATENT, ROPE, NOPE, VALUE = 64, 128, 64, 16, 24, 64
 BLOCKS, BLOCK = 4, 8  # of paged caches
 DTYPES = ("float32", "float32", "bfloat16", "float16")
-TOKENS = (1, 2, 3, 4, 5, 7, 16)  # some are also numbers of heads, or a head's size
+TOKENS = (0, 1, 1, 2, 2, 3, 4, 5, 7, 16)  # some are also numbers of heads, or a head's size
 
 
 # ---- a layer --------------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ class Input:
 
     Attributes:
         dynamic: whether its first dimension is T.
-        passed: False for what other inputs are only views of.
+        passed: False for what other inputs are only views of, and for what vLLM's operators find by a layer's name.
     """
 
     name: str
@@ -291,8 +290,8 @@ class _Drawing:
         k_pe = self.let("k", f"{k_pe}.unsqueeze(1)")
         table, positions = self.table(ROPE), self.positions()
         others = self.positions() if self.odd() else positions
-        rope = self.pick(*NO_ROPES) if self.odd() else self.pick(*NEOX, *GPTJ)
-        k_rope = self.pick(*NEOX, *GPTJ) if self.odd() else rope
+        rope = self.pick(*NO_ROPES) if self.odd() else self.pick(*ROPES)
+        k_rope = self.pick(*ROPES) if self.odd() else rope
         form = self.pick("operator", "cat", "in place", "apart")
         if form == "operator":
             args = f"{positions}, {q}[..., {NOPE}:], {k_pe}, {ROPE}, {table}, {self.pick(True, False)}"
@@ -305,6 +304,9 @@ class _Drawing:
                 q = self.let("q", f"torch.cat([{q}[..., :{NOPE}], {pe}], dim=-1)")
         if form != "operator":
             k_pe = self.let("k", f"{k_rope.__name__}({k_pe}, {table}, {others})")
+        if form != "apart" and self.pick(True, False, False):
+            self.latent_attention(q, kv_c, k_pe, heads)
+            return
         write = [lambda: self.write_latent(kv_c, k_pe)] if self.pick(True, True, True, False) else []
         if not write:
             self.give(k_pe)
@@ -313,6 +315,54 @@ class _Drawing:
             [*write, lambda: self.query(q, pe if form == "apart" else "", heads)], len(write) + 1
         ):
             step()
+
+    def latent_attention(self, q: str, kv_c: str, k_pe: str, heads: int) -> None:
+        """vLLM's MLA attention, which finds its cache by the layer's name."""
+        name, cache = self.new("mla"), f"rows({BLOCKS}, {BLOCK}, {LATENT + ROPE}, dtype=DTYPE)"
+        make = f"latent_layer({name!r}, {cache}, {self.layer_slots()}, {heads}, {NOPE}, {LATENT}, {VALUE})"
+        self.inputs.append(Input(name, make, passed=False))
+        scale = self.given("scale", "torch.ones(1)", "table")
+        update = f"unified_mla_kv_cache_update({kv_c}, {k_pe}, {name!r}, 'auto', {scale})"
+        done, out = (
+            self.new("done"),
+            self.let("o", f"torch.empty({q}.shape[0], {heads * VALUE}, dtype={q}.dtype)", "own"),
+        )
+        self.lines.append(f"{done} = torch.ops.vllm.{update}")
+        call = f"unified_mla_attention_with_output({q}, {kv_c}, {k_pe}, {out}, {name!r}, kv_cache_dummy_dep={done})"
+        self.lines.append(f"torch.ops.vllm.{call}")
+        self.given_attention(out, heads * VALUE)
+
+    def head_attention(self, q: str, k: str, v: str, heads: int, kv: int, size: int) -> None:
+        """vLLM's attention over heads, which finds its caches by the layer's name."""
+        name, pairs = self.new("gqa"), self.pick(None, None, 0, 1)
+        sizes = {None: (BLOCKS, kv, BLOCK, 2 * size), 0: (2, BLOCKS, BLOCK, kv, size), 1: (BLOCKS, 2, BLOCK, kv, size)}
+        dtype = self.pick("auto", "auto", "fp8")
+        cache = f"rows({', '.join(map(str, sizes[pairs]))}, dtype={'DTYPE' if dtype == 'auto' else 'E4M3'})"
+        scale = "torch.ones(())" if dtype == "auto" else self.pick("torch.full((), 0.05)", f"torch.full(({kv},), 0.05)")
+        make = f"head_layer({name!r}, {cache}, {self.layer_slots()}, {pairs}, {dtype!r}, {scale})"
+        self.inputs.append(Input(name, make, passed=False))
+        done = self.new("done")
+        self.lines.append(f"{done} = torch.ops.vllm.unified_kv_cache_update({k}, {v}, {name!r})")
+        if dtype == "fp8" or self.pick(True, False):
+            self.outputs.append(Output(done))
+            self.give(q)
+            return
+        out = self.let("o", f"torch.empty({q}.shape[0], {heads}, {size}, dtype={q}.dtype)", "own")
+        args = f"{q}, {k}, {v}, {out}, {name!r}, kv_cache_dummy_dep={done}"
+        self.lines.append(f"torch.ops.vllm.unified_attention_with_output({args})")
+        self.given_attention(f"{out}.view(-1, {heads * size})", heads * size)
+
+    def layer_slots(self) -> str:
+        """As a runner of vLLM gives them: none while it profiles, or as many as there are tokens that count."""
+        slots = f"torch.randperm({BLOCKS * BLOCK})[:T]"
+        slots = f"twins({slots})" if self.twins else slots
+        return str(self.pick(slots, slots, f"{slots}.where(torch.rand(T) < 0.6, -1)", "None"))
+
+    def given_attention(self, out: str, width: int) -> None:
+        if width % 64 == 0 and self.pick(True, False):
+            self.quant(out, wide=width % 128 == 0)
+        else:
+            self.outputs.append(Output(out))
 
     def query(self, q: str, pe: str, heads: int) -> None:
         nope = f"{q}[..., :{NOPE}]"
@@ -379,8 +429,8 @@ class _Drawing:
             if self.pick(True, False, False):
                 dialect, eps = self.pick(*NORMS), self.pick(1e-6, 0.5)
                 q, k = (self.norm(each, size, dialect, eps) for each in (q, k))
-            rope = self.pick(*NO_ROPES) if self.odd() else self.pick(*NEOX, *GPTJ)
-            k_rope = self.pick(*NEOX, *GPTJ) if self.odd() else rope
+            rope = self.pick(*NO_ROPES) if self.odd() else self.pick(*ROPES)
+            k_rope = self.pick(*ROPES) if self.odd() else rope
             if table_size == size:
                 calls = rope.__name__, k_rope.__name__
             else:
@@ -388,6 +438,9 @@ class _Drawing:
                 calls = f"{part}({rope.__name__})", f"{part}({k_rope.__name__})"
             q = self.let("q", f"{calls[0]}({q}, {table}, {positions})")
             k = self.let("k", f"{calls[1]}({k}, {table}, {others})")
+        if self.pick(True, False, False):
+            self.head_attention(q, k, v, heads, kv, size)
+            return
         for step in self.random.sample([lambda: self.give(q), lambda: self.write_pair(k, v, kv, size)], 2):
             step()
 
@@ -487,7 +540,7 @@ class _Drawing:
 
     def twist(self) -> None:
         """Reads, changes or returns something, anywhere."""
-        name, kind = self.pick(*self.kinds)
+        name, kind = self.pick(*(each for each in self.kinds if each[1] != "own"))
         made = [at for at, line in enumerate(self.lines) if name in _names(line.split(" = ")[0]) and " = " in line]
         at = self.random.randint(made[0] + 1 if made else 0, len(self.lines))
         if kind == "indices":
@@ -510,7 +563,9 @@ class _Drawing:
             case "change":
                 self.lines.insert(at, change)
             case "again":
-                writes = [line for line in self.lines if re.search(r"cache\d+\S*\] = |_cache\w*\(|index_copy_", line)]
+                # What finds its cache by a name is ordered by what reads its result, and a second one is by nothing.
+                written = re.compile(r"cache\d+\S*\] = |_cache\w*\(|index_copy_")
+                writes = [line for line in self.lines if written.search(line) and "vllm.unified" not in line]
                 if writes:
                     line = self.pick(*writes)
                     self.lines.insert(self.random.randint(self.lines.index(line) + 1, len(self.lines)), line)
