@@ -12,13 +12,13 @@ from autofuse.errors import BadInput
 
 __all__ = ["PRESETS", "model_config"]
 
-_MLA_HEAD = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "deepseek-v2": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 128, **_MLA_HEAD},
-    "deepseek-v3": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 128, **_MLA_HEAD},
-    "kimi-k2": {"q_lora_rank": 1536, "kv_lora_rank": 512, "num_attention_heads": 64, **_MLA_HEAD},
-    "llama-3-8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "deepseek-v2": {"model_type": "deepseek_v2", "q_lora_rank": 1536, "num_attention_heads": 128, **_MLA},
+    "deepseek-v3": {"model_type": "deepseek_v3", "q_lora_rank": 1536, "num_attention_heads": 128, **_MLA},
+    "kimi-k2": {"model_type": "kimi_k2", "q_lora_rank": 1536, "num_attention_heads": 64, **_MLA},
+    "llama-3-8b": {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     "qwen3-8b": {"model_type": "qwen3", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }
 

@@ -29,12 +29,40 @@ struct fp16 {
 };
 typedef float fp32;
 
-// Element<E>: LANES consecutive elements as floats, and back, rounded to nearest even.
+static inline Words words_of(Floats values) {
+    Words bits;
+    memcpy(&bits, &values, sizeof bits);
+    return bits;
+}
+
+static inline Floats floats_of(Words bits) {
+    Floats values;
+    memcpy(&values, &bits, sizeof values);
+    return values;
+}
+
+// 2 * LANES consecutive elements as floats, for what treats all elements alike.
+struct Two {
+    Floats a, b;
+};
+
+// Element<E>: LANES consecutive elements as floats, and back, rounded to nearest even. The same for 2 * LANES of them, in an
+// order that is E's own: where EVEN_ODD is set, a has the even ones and b the odd ones, else a those that come first.
 template <typename E>
 struct Element;
 
+template <typename E>
+struct InOrder {
+    static constexpr bool EVEN_ODD = false;
+    static inline Two load_two(const E* from) { return {Element<E>::load(from), Element<E>::load(from + LANES)}; }
+    static inline void store_two(E* to, Two values) {
+        Element<E>::store(to, values.a);
+        Element<E>::store(to + LANES, values.b);
+    }
+};
+
 template <>
-struct Element<fp32> {
+struct Element<fp32> : InOrder<fp32> {
     static inline Floats load(const float* from) {
         Floats values;
         memcpy(&values, from, sizeof values);
@@ -44,55 +72,63 @@ struct Element<fp32> {
     static inline Floats round(Floats values) { return values; }
 };
 
+#if defined(__AVX512BF16__) && (VECTOR_BYTES == 64 || VECTOR_BYTES == 32)
 template <>
-struct Element<bf16> {
-    static inline Floats widen(Words bits) {
-        bits <<= 16;
-        Floats values;
-        memcpy(&values, &bits, sizeof values);
-        return values;
-    }
-    // Rounded, in the low half of each word.
-    static inline Words narrow(Floats values) {
-        Words bits;
-        memcpy(&bits, &values, sizeof bits);
-        const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const Words is_nan = (Words)((Ints)((bits & 0x7fffffffu) > 0x7f800000u));
-        return (is_nan & 0x7fffu) | (~is_nan & rounded);
-    }
-    static inline Words to_words(Halves bits) {
-#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
-        return (Words)_mm512_cvtepu16_epi32((__m256i)bits);  // of which GCC makes five instructions
+struct Element<bf16> : InOrder<bf16> {
+    static inline Floats widen(Halves bits) {
+#if VECTOR_BYTES == 64
+        return floats_of((Words)_mm512_cvtepu16_epi32((__m256i)bits) << 16);  // of which GCC makes five instructions
 #else
-        return __builtin_convertvector(bits, Words);
+        return floats_of(__builtin_convertvector(bits, Words) << 16);
 #endif
     }
-    static inline Floats load(const bf16* from) {
-        Halves bits;
-        memcpy(&bits, from, sizeof bits);
-        return widen(to_words(bits));
-    }
-#if defined(__AVX512BF16__) && (VECTOR_BYTES == 64 || VECTOR_BYTES == 32)
-    // One instruction for what narrow() takes seven for. It flushes results below 2^-126 to zero.
-    static inline Halves narrow_halves(Floats values) {
+    // It flushes results below 2^-126 to zero.
+    static inline Halves narrow(Floats values) {
 #if VECTOR_BYTES == 64
         return (Halves)_mm512_cvtneps_pbh((__m512)values);
 #else
         return (Halves)_mm256_cvtneps_pbh((__m256)values);
 #endif
     }
+    static inline Floats round(Floats values) { return widen(narrow(values)); }
 #else
-    static inline Halves narrow_halves(Floats values) { return __builtin_convertvector(narrow(values), Halves); }
-#endif
-    static inline void store(bf16* to, Floats values) {
-        const Halves bits = narrow_halves(values);
+template <>
+struct Element<bf16> {
+    static inline Floats widen(Halves bits) { return floats_of(__builtin_convertvector(bits, Words) << 16); }
+    // Rounded, in the high half of each word; what is in the low half does not count. Results of arithmetic are quiet NaNs,
+    // which stay NaNs as they are.
+    static inline Words rounded(Floats values) {
+        const Words bits = words_of(values);
+        return bits + ((0x7fffu + ((bits >> 16) & 1u)) & (Words)(values == values));
+    }
+    static inline Halves narrow(Floats values) { return __builtin_convertvector(rounded(values) >> 16, Halves); }
+    static inline Floats round(Floats values) { return floats_of(rounded(values) & 0xffff0000u); }
+
+    // A word of two elements has both in reach of one instruction each.
+    static constexpr bool EVEN_ODD = true;
+    static inline Two load_two(const bf16* from) {
+        Words bits;
+        memcpy(&bits, from, sizeof bits);
+        return {floats_of(bits << 16), floats_of(bits & 0xffff0000u)};
+    }
+    static inline void store_two(bf16* to, Two values) {
+        const Words bits = rounded(values.a) >> 16 | (rounded(values.b) & 0xffff0000u);
         memcpy(to, &bits, sizeof bits);
     }
-    static inline Floats round(Floats values) { return widen(to_words(narrow_halves(values))); }
+#endif
+    static inline Floats load(const bf16* from) {
+        Halves bits;
+        memcpy(&bits, from, sizeof bits);
+        return widen(bits);
+    }
+    static inline void store(bf16* to, Floats values) {
+        const Halves bits = narrow(values);
+        memcpy(to, &bits, sizeof bits);
+    }
 };
 
 template <>
-struct Element<fp16> {
+struct Element<fp16> : InOrder<fp16> {
     typedef _Float16 Packed __attribute__((vector_size(VECTOR_BYTES / 2)));
     static inline Floats load(const fp16* from) {
         Packed packed;

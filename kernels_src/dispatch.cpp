@@ -78,7 +78,7 @@ struct Bound {  // of the values of an int64 argument, which are rows of another
     int32_t padded;  // negative values are none
 };
 
-enum FieldKind { POINTER, RESULT, STRIDE, TOKENS, FLOAT, SIZE, NOTHING };
+enum FieldKind { POINTER, RESULT, STRIDE, TOKENS, FLOAT, SIZE, NOTHING, FLAG };
 
 struct Entry {
     std::string plan;
@@ -295,6 +295,11 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
                 case TOKENS: {
                     const int32_t count = int32_t(tokens);
                     memcpy(to, &count, sizeof count);
+                    break;
+                }
+                case FLAG: {
+                    const int32_t flag = as<bool>(args[field.index]);
+                    memcpy(to, &flag, sizeof flag);
                     break;
                 }
                 case FLOAT: {

@@ -8,7 +8,7 @@
 //   THREADS        threads of the parallel loop, or as many as PyTorch may use if that is fewer
 //   SERIAL_ROWS    up to so many tokens one thread does it all: waking others costs some microseconds
 //   TASK_ROWS      tokens per task: fewer balance better, more share less cache traffic between threads
-//   UNROLL         vectors per loop iteration, each with its own partial sum: hides the latency of the addition
+//   UNROLL         pairs of vectors per loop iteration, each with partial sums of its own: hides the latency of the addition
 //   VECTOR_BYTES   SIMD width
 #include "rms_norm.h"
 

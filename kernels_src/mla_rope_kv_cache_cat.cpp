@@ -40,6 +40,7 @@ struct Params {
     int32_t tokens;
     int32_t slot_count;  // tokens from there on are padded
     int32_t table_rows;
+    int32_t slots_from_end;  // negative slots are counted from the end
 };
 
 constexpr int HALF = ROPE / 2;
@@ -121,6 +122,12 @@ static inline float largest_magnitude(const E* from, int count) {
     return amax;
 }
 
+// Counted from the beginning; negative if the token has none.
+static inline int64_t slot_of(const Params& p, int64_t t) {
+    const int64_t slot = p.slots[t];
+    return slot < 0 && p.slots_from_end ? slot + int64_t(p.kv_cache.blocks) * p.kv_cache.block_size : slot;
+}
+
 static inline bool has_slot(const Cache& cache, int64_t slot) {
     return slot >= 0 && slot < int64_t(cache.blocks) * cache.block_size;
 }
@@ -172,7 +179,7 @@ static inline void task(const Params& p, int64_t t) {
     }
     E* k_pe_out = p.k_pe_out + t * ROPE;
     rotate(p.k_pe + t * p.k_pe_token, k_pe_out, cosines, sines);
-    if (CACHE && t < p.slot_count) write_rows(p, p.kv_c + t * p.kv_c_token, k_pe_out, p.slots[t]);
+    if (CACHE && t < p.slot_count) write_rows(p, p.kv_c + t * p.kv_c_token, k_pe_out, slot_of(p, t));
 }
 
 extern "C" void mla_rope_kv_cache_cat(const Params* params) {

@@ -59,6 +59,7 @@ struct Params {
     int tokens;
     int slot_count;  // tokens from there on are padded
     int table_rows;
+    int slots_from_end;  // negative slots are counted from the end
 };
 
 constexpr int SIZE = VEC_BYTES / int(sizeof(Element));
@@ -233,6 +234,11 @@ __device__ __forceinline__ void store_query(const Params& p, i64 to, const Value
     }
 }
 
+// A slot as it was given, or counted from the beginning.
+__device__ __forceinline__ i64 slot_of(const Cache& cache, i64 given, int from_end) {
+    return given < 0 && from_end ? given + i64(cache.blocks) * cache.block_size : given;
+}
+
 // Where a slot's row begins, in elements; -1 for a slot that is none of the cache's.
 __device__ __forceinline__ i64 row_of(const Cache& cache, i64 slot) {
     if (slot < 0 || slot >= i64(cache.blocks) * cache.block_size) return -1;
@@ -365,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(cons
             if (IN_HALVES) READ_ONCE ? partners[u].load_once(unit.from + PARTNER) : partners[u].load(unit.from + PARTNER);
         }
         if (unit.is_cached()) {
-            slots[u] = unit.token < p.slot_count ? p.slots[unit.token] : -1;
+            slots[u] = unit.token < p.slot_count ? slot_of(p.kv_cache, p.slots[unit.token], p.slots_from_end) : -1;
         }
     }
     if (PDL == 2) let_next_kernel_start();

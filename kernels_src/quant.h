@@ -5,17 +5,6 @@
 
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
 
-static inline Words words_of(Floats values) {
-    Words bits;
-    memcpy(&bits, &values, sizeof bits);
-    return bits;
-}
-static inline Floats floats_of(Words bits) {
-    Floats values;
-    memcpy(&values, &bits, sizeof values);
-    return values;
-}
-
 // ---- amax: of magnitudes as integers, so that a NaN is the largest of all. ------------------------------------------
 
 static inline Words larger_magnitudes(Words largest, Floats values) {

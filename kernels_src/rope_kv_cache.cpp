@@ -47,6 +47,7 @@ struct Params {
     int32_t slot_count;  // tokens from there on are padded
     int32_t table_rows;
     float eps;
+    int32_t slots_from_end;  // negative slots are counted from the end
 };
 
 constexpr int HALF = ROPE / 2;
@@ -205,11 +206,6 @@ static inline void norm_and_rotate(const E* x, const E* weight, float scale, E* 
     }
 }
 
-static inline Words words_of(Floats values) {
-    Words bits;
-    memcpy(&bits, &values, sizeof bits);
-    return bits;
-}
 static inline Words chosen(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // A head as e4m3 of value ÷ scale: rounded to nearest even, saturated.
@@ -229,6 +225,11 @@ static inline void quantize(const E* __restrict from, uint8_t* __restrict to, fl
         memcpy(to + i, &packed, sizeof packed);
     }
     for (; i < HEAD_DIM; ++i) to[i] = e4m3_bits(load_one(from + i) / scale);
+}
+
+// A slot as it was given, or counted from the beginning.
+static inline int64_t slot_of(const Params& p, int64_t given) {
+    return given < 0 && p.slots_from_end ? given + int64_t(p.k_cache.blocks) * p.k_cache.block_size : given;
 }
 
 // Where a slot's row begins, in elements; -1 for a slot that is none of the cache's.
@@ -260,7 +261,7 @@ static inline void task(const Params& p, int64_t t) {
             norm_and_rotate(q, p.q_weight, scales.q[h], static_cast<E*>(p.q_out) + to, angles);
         }
     }
-    const int64_t slot = CACHE && t < p.slot_count ? p.slots[t] : -1;
+    const int64_t slot = CACHE && t < p.slot_count ? slot_of(p, p.slots[t]) : -1;
     const int64_t k_row = CACHE ? row_of(p.k_cache, slot) : -1, v_row = CACHE ? row_of(p.v_cache, slot) : -1;
     for (int64_t h = 0; h < KV_HEADS; ++h) {
         if (RETURN_K || k_row >= 0) {

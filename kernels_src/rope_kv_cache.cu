@@ -58,6 +58,7 @@ struct Params {
     int slot_count;  // tokens from there on are padded
     int table_rows;
     float eps;
+    int slots_from_end;  // negative slots are counted from the end
 };
 
 typedef Vector<Element, VEC_BYTES> Vec;
@@ -198,6 +199,11 @@ struct CacheRows {
     }
 };
 
+// A slot as it was given, or counted from the beginning.
+__device__ __forceinline__ i64 slot_of(const Params& p, i64 given) {
+    return given < 0 && p.slots_from_end ? given + i64(p.k_cache.blocks) * p.k_cache.block_size : given;
+}
+
 // Writes the thread's part of a head that begins at `to`.
 template <bool FP8>
 __device__ __forceinline__ void store(char* to, const Places& at, const Vec& x, const Vec& y, float scale) {
@@ -296,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_kv_cache(const Params
         }
     };
     if (QK_NORM && UNROLL == 1) load_weights();
-    const i64 slot = CACHE && token < u32(p.slot_count) ? p.slots[token] : -1;
+    const i64 slot = CACHE && token < u32(p.slot_count) ? slot_of(p, p.slots[token]) : -1;
     keep_loads_apart();
 
     const i64 position = GUESS ? read_past_l1(p.positions + token) : p.positions[token];

@@ -7,8 +7,9 @@
     python scripts/bench_layer.py --small --tokens 1,4 --effort quick        # on any machine, within minutes
 
 The layer (scripts/mla_layer.py) is measured with attention over --context tokens and without. Its sites are tuned
-first (into --database). Columns beside these three: the layer with each fusion alone ("+name"), and its matrix products
-alone, which only fuse_attn_quant can speed up. All functions of a row are measured in turns, over weights and inputs
+first (into --database). Columns beside these three: the layer with each fusion alone ("+name"), on a GPU with the same
+configs launched plainly, and its matrix products alone, which only fuse_attn_quant can speed up. What each kernel takes
+is recorded as well. All functions of a row are measured in turns, over weights and inputs
 that rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on
 a CPU it is the time of a call.
 """
@@ -18,10 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import types
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,11 @@ from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import last_reports
 from autofuse.ops import Problem, get_op
-from autofuse.targets import parse_device, target_of, toolchain
+from autofuse.targets import Target, parse_device, target_of, toolchain
 from autofuse.tuner.budgets import EFFORTS, Effort
 from autofuse.tuner.job import Bucket, tune_buckets
 from autofuse.tuner.measure import Ring, gain, interleave, runner
+from bench.chain import launched_plainly
 from mla_layer import (
     DEEPSEEK_V3_TP8,
     SMALL,
@@ -62,14 +65,24 @@ MOST_SETS = 8
 UNTUNED: dict[str, Any] = {"autofuse.untuned": "skip"}
 DTYPE = torch.bfloat16
 
-Call = Callable[[Weights, Inputs], Any]
+
+class Layer(torch.nn.Module):
+    """Holds a layer's weights as a model does: as parameters, which its graph knows to be constant."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        for name, weight in weights._asdict().items():
+            self.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+Call = Callable[[Layer, Inputs], Any]
 
 
 def layer_call(widths: Widths, core: bool) -> Call:
     """The layer as a function with a code object of its own: Dynamo keeps what it compiles by code object."""
 
-    def call(weights: Weights, inputs: Inputs) -> Any:
-        return mla_layer(widths, weights, inputs, core)
+    def call(layer: Layer, inputs: Inputs) -> Any:
+        return mla_layer(widths, layer, inputs, core)
 
     return types.FunctionType(call.__code__.replace(), globals(), "layer", None, call.__closure__)
 
@@ -83,22 +96,22 @@ def compiled(widths: Widths, core: bool, options: dict[str, Any] | None) -> Call
 
 def rings(
     widths: Widths, tokens: int, context: int, device: torch.device, effort: Effort
-) -> tuple[Ring, tuple[Weights, Inputs]]:
-    """Weights and inputs for consecutive calls, beyond the last-level cache if they fit memory; the first of them."""
+) -> tuple[Ring, tuple[Layer, Inputs]]:
+    """Layers and inputs for consecutive calls, beyond the last-level cache if they fit memory; the first of them."""
     generator = torch.Generator(device).manual_seed(1)
 
-    def one() -> tuple[Weights, Inputs]:
+    def one() -> tuple[Layer, Inputs]:
         inputs = random_inputs(widths, tokens, context, DTYPE, device, generator)
-        return random_weights(widths, DTYPE, device, generator), inputs
+        return Layer(random_weights(widths, DTYPE, device, generator)), inputs
 
     first = one()
-    size = sum(tensor.nbytes for part in first for tensor in part)
+    size = sum(tensor.nbytes for tensor in (*first[0].parameters(), *first[1]))
     count = min(-(-effort.ring_bytes // size) + 1, MOST_BYTES // size, MOST_SETS)
     return Ring.of([first, *(one() for _ in range(count - 1))], device), first
 
 
 def tuned_fusions(
-    call: Call, args: tuple[Weights, Inputs], options: dict[str, Any], device: torch.device, effort: Effort
+    call: Call, args: tuple[Layer, Inputs], options: dict[str, Any], device: torch.device, effort: Effort
 ) -> list[str]:
     """Tunes what the layer's graph has, into the database that ``options`` names; the fusions that match there."""
     explanation = explain(torch.compile(call, backend="autofuse", dynamic=False, options=options), *args)
@@ -107,6 +120,17 @@ def tuned_fusions(
     with TunedDatabase(options.get("autofuse.database")) as database:
         tune_buckets(buckets, device, database, effort)
     return [*dict.fromkeys(site.fusion for site in sites)]
+
+
+def plainly_launched(database: Path | None, to: Path, target: Target) -> None:
+    """Copies a device's winners into another database, without programmatic launch."""
+    with TunedDatabase(database) as source, TunedDatabase(to) as copy:
+        provenance = copy.record_provenance({"launched": "plainly"})
+        for winner in source.winners(target=target):
+            config = winner.config
+            if config.get("PDL", 0):
+                config = launched_plainly(get_op(winner.problem.op), winner.problem, config)
+            copy.record_winner(replace(winner, config=config, provenance=provenance))
 
 
 def measured_row(
@@ -122,6 +146,10 @@ def measured_row(
     variants: dict[str, dict[str, Any] | None] = {"compile": None, "autofuse": everything}
     if not options.no_single:
         variants |= {f"+{name}": {**everything, "autofuse.level": "O0", f"autofuse.{name}": True} for name in names}
+    if device.type == "cuda":
+        plain = Path(tempfile.mkdtemp()) / "plain.db"
+        plainly_launched(options.database, plain, target_of(device))
+        variants["launched plainly"] = {**everything, "autofuse.database": str(plain)}
     calls: dict[str, Callable[..., Any]] = {"eager": layer_call(widths, core)}
     reports: dict[str, GraphReport] = {}
     expected = calls["eager"](*first)
@@ -133,7 +161,7 @@ def measured_row(
             reports[name] = last_reports()[-1]
     # Where nothing was fused, the code is torch.compile's.
     calls = {name: call for name, call in calls.items() if name not in reports or reports[name].fused}
-    calls["GEMMs alone"] = lambda weights, inputs: gemms(widths, weights, inputs)
+    calls["GEMMs alone"] = lambda layer, inputs: gemms(widths, layer, inputs)
 
     prepared = [runner(call, ring, device, effort) for call in calls.values()]
     timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
@@ -165,6 +193,8 @@ def kernel_times(call: Call, ring: Ring) -> dict[str, float]:
 
     Without the gaps between them, which the CUDA graph's time has. Empty without a GPU.
     """
+    if ring.pool is None:
+        return {}
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for args in ring.sets:
             call(*args)

@@ -3,6 +3,7 @@
 
     python scripts/fuzz_graphs.py --layers 200                 # seeds 0 to 199, and 9 mutants of each, on the CPU
     python scripts/fuzz_graphs.py --seed 5000 --layers 20 --mutants 0 --json fuzz.json
+    python scripts/fuzz_graphs.py --layers 2000 --jobs 64      # in so many processes of one thread each
     python scripts/fuzz_graphs.py --inductor --layers 20       # with Inductor's own code for the rest of each graph
     python scripts/fuzz_graphs.py --case 4711                  # one layer: its text, its report, what differs
     python scripts/fuzz_graphs.py --case 4711/3                # its third mutant: its changes, its graph, its report
@@ -11,7 +12,8 @@ A layer (random_layers.py) is compiled with every fusion on, and compared with e
 arguments, which it may have changed. Rows that are left as they were must be so to the bit. Without --inductor
 everything of a compilation runs but Inductor's code generation: the graph that Inductor would get is run as it is. A
 mutant (graph_mutants.py) is a layer's post-grad graph with some changes; run with the pass, it is compared with itself
-run without. --case cuts a wrong layer down to what it stays wrong with. Exits with 1 if any case is wrong.
+run without. --case cuts a wrong layer down to what it stays wrong with. A seed whose process dies is wrong. Exits with
+1 if any case is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import random
 import re
@@ -27,8 +30,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -48,6 +52,7 @@ from autofuse.graph.origin import Origins
 from autofuse.graph.report import GraphReport
 from autofuse.graph.settings import Settings
 from autofuse.runtime.dispatch import registry
+from fuzz_workers import run_seeds
 from graph_mutants import arguments_of, mutated, run_graph
 from layer_dialects import TABLE_ROWS
 from random_layers import Layer, draw_layer
@@ -100,6 +105,14 @@ class Summary:
     missed: Counter[str] = field(default_factory=Counter)
     wrong: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Adds another summary, as ``vars`` has it."""
+        for name in ("layers", "mutants", "invalid"):
+            setattr(self, name, getattr(self, name) + other[name])
+        for name in ("fused", "refused", "missed"):
+            getattr(self, name).update(other[name])
+        self.wrong += [(case, what) for case, what in other["wrong"]]
 
     def add(self, outcome: Outcome) -> None:
         self.layers += "/" not in outcome.case
@@ -227,8 +240,9 @@ def in_place(graph: Graph) -> Graph:
     """The graph after those of Inductor's passes that make it write into its arguments."""
     mode = detect_fake_mode([node.meta["val"] for node in graph.find_nodes(op="placeholder")])
     gm = GraphModule({}, graph)
+    takes_module = "gm" in inspect.signature(FakeTensorUpdater).parameters  # from PyTorch 2.13 on
     with V.set_fake_mode(mode):
-        reinplace_inplaceable_ops(FakeTensorUpdater(gm), gm.graph)
+        reinplace_inplaceable_ops(FakeTensorUpdater(gm if takes_module else gm.graph), gm.graph)  # type: ignore[arg-type]
         decompose_auto_functionalized(gm.graph)
     return gm.graph
 
@@ -393,26 +407,61 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--mutants", type=int, default=9, help="of each layer")
     parser.add_argument("--case", metavar="SEED[/NUMBER]", help="one case, as it was reported")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--inductor", action="store_true", help="generate code as torch.compile does: seconds a layer")
     parser.add_argument("--json", type=Path, help="write the summary to this file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", module="torch")
-    registry.go_native()
+    seeds = range(options.seed, options.seed + options.layers)
     if options.case:
+        registry.go_native()
         sys.exit(_one(*map(int, options.case.split("/")), inductor=options.inductor))
-    summary, begin = Summary(), time.perf_counter()
-    for outcome in fuzz(range(options.seed, options.seed + options.layers), options.mutants, options.inductor):
-        summary.add(outcome)
-        if outcome.wrong:
-            print(f"case {outcome.case} is wrong: {outcome.wrong[:2000]}", flush=True)
-        elif "/" not in outcome.case and summary.layers % 20 == 0:
-            print(f"{summary.layers} layers, {summary.mutants} mutants, {len(summary.wrong)} wrong", flush=True)
+    if options.worker:
+        _work(seeds, options.mutants, options.inductor)
+        return
+    begin = time.perf_counter()
+    summary = _run(seeds, options)
     summary.seconds = time.perf_counter() - begin
     show(Console(width=None if sys.stdout.isatty() else 160), summary)
     if options.json:
-        options.json.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(vars(summary), indent=2) + "\n", encoding="utf-8")
     sys.exit(bool(summary.wrong))
+
+
+def _run(seeds: range, options: argparse.Namespace) -> Summary:
+    summary = Summary()
+    rest = [f"--mutants={options.mutants}", "--worker", *(["--inductor"] if options.inductor else [])]
+
+    def command(first: int, count: int) -> list[str]:
+        return [sys.executable, __file__, f"--seed={first}", f"--layers={count}", *rest]
+
+    def received(case: Mapping[str, Any]) -> None:
+        summary.merge(case)
+        for number, what in case["wrong"]:
+            print(f"case {number} is wrong: {what[:2000]}", flush=True)
+        if case["layers"] and summary.layers % 20 == 0:
+            print(f"{summary.layers} layers, {summary.mutants} mutants, {len(summary.wrong)} wrong", flush=True)
+
+    def died(seed: int, why: str) -> None:
+        summary.wrong.append((str(seed), why))
+        print(f"case {seed} is wrong: {why}", flush=True)
+
+    run_seeds(command, seeds, options.jobs, received, died)
+    return summary
+
+
+def _work(seeds: range, mutants: int, inductor: bool) -> None:
+    """As one of several processes: prints what ``fuzz_workers`` reads."""
+    torch.set_num_threads(1)
+    registry.go_native()
+    for seed in seeds:
+        print(f"begin {seed}", flush=True)
+        for outcome in fuzz([seed], mutants, inductor):
+            summary = Summary()
+            summary.add(outcome)
+            print(json.dumps({"case": outcome.case, **vars(summary)}), flush=True)
 
 
 def _one(seed: int, number: int = 0, *, inductor: bool) -> bool:

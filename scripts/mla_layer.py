@@ -8,7 +8,7 @@ quantisation in groups before the output projection is done and undone: so the l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -101,10 +101,11 @@ class Inputs(NamedTuple):
     block_table: torch.Tensor
 
 
-def mla_layer(widths: Widths, weights: Weights, inputs: Inputs, core: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def mla_layer(widths: Widths, weights: Any, inputs: Inputs, core: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's attention block, from its hidden states to what is added to them.
 
     Args:
+        weights: Weights, or what has them as attributes.
         core: attend to the sequence. False leaves that out, to show the rest: the query stands for its result.
 
     Returns: [T, hidden], and the query [T, heads, kv_lora_rank + qk_rope_head_dim], parts of which nobody would compute
@@ -159,7 +160,7 @@ def quantised_and_back(x: torch.Tensor, group: int) -> torch.Tensor:
     return (values.float() * scales).to(x.dtype).view(x.shape)
 
 
-def gemms(widths: Widths, weights: Weights, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def gemms(widths: Widths, weights: Any, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """The layer's matrix products alone, but attention's: each of something of the right shape."""
     heads = widths.heads
     down = F.linear(inputs.hidden, weights.qkv_a)

@@ -167,7 +167,7 @@ DS_MLA = Subject(
 )
 OFF = f"{NOT_ITS_OWN}|SEGV|misaligned|{OVERLAP}|{UNWRITTEN}|{RACE}"  # a wrong address: it depends on where that leads
 NO_SLOT = "if (slot < 0 || slot >= i64(cache.blocks) * cache.block_size) return -1;"
-SLOT = "unit.token < p.slot_count ? p.slots[unit.token] : -1"
+SLOT = "unit.token < p.slot_count ? slot_of("
 CLAMPED = "early[u] < 0 ? 0 : early[u] < p.table_rows ? int(early[u]) : p.table_rows - 1"
 
 MUTATIONS += [
@@ -175,7 +175,8 @@ MUTATIONS += [
     for texts in (
         ("padded tokens are written", "rows[u] >= 0", "true", OFF),
         ("slots beyond the cache are written", NO_SLOT, "if (slot < 0) return -1;", OFF),
-        ("tokens beyond the slots have one", SLOT, "p.slots[unit.token]", f"{OUTSIDE}, READ"),
+        ("padded slots count from the end", "given < 0 && from_end", "given < 0 && !from_end", f"{OFF}|{WRONG}"),
+        ("tokens beyond the slots have one", SLOT, "true ? slot_of(", f"{OUTSIDE}, READ"),
         ("blocks of the cache are dense", "if (cache.block == cache.block_size * cache.row)", "if (true)", OFF),
         ("a wrong guess is believed", "positions[u] != guesses[u]", "guesses[u] < 0", WRONG),
         ("a guess may be any row", CLAMPED, "int(early[u])", OFF),
@@ -340,7 +341,7 @@ GQA_APART = Subject(
     {**GQA.config, "VEC_BYTES": 8},
     tokens=23,
 )
-SLOT_OF = "CACHE && token < u32(p.slot_count) ? p.slots[token] : -1"
+SLOT_OF = "CACHE && token < u32(p.slot_count) ? slot_of("
 A_ROW = "position < 0 ? 0 : position < p.table_rows ? position : p.table_rows - 1"
 ROUNDED = "round_to<Element>(values);\n"
 FACTORS = "values[e] *= factors[e];\n    "
@@ -350,7 +351,14 @@ MUTATIONS += [
     Mutation(*texts, file, subject=GQA)
     for file, *texts in (
         ("rope_kv_cache.cu", "rows of padded tokens are written", "block < u32(cache.blocks) ?", "true ?", OFF),
-        ("rope_kv_cache.cu", "tokens beyond the slots have one", SLOT_OF, "p.slots[token]", f"{OUTSIDE}, READ"),
+        ("rope_kv_cache.cu", "tokens beyond the slots have one", SLOT_OF, "CACHE ? slot_of(", f"{OUTSIDE}, READ"),
+        (
+            "rope_kv_cache.cu",
+            "padded slots count from the end",
+            "given < 0 && p.",
+            "given < 0 && !p.",
+            f"{OFF}|{WRONG}",
+        ),
         ("rope_kv_cache.cu", "a slot has 32 bits", "number = slot,", "number = u32(slot),", f"{OFF}|{WRONG}"),
         ("rope_kv_cache.cu", "blocks have a power of two of rows", "size & (size - 1) ? -1 :", "", f"{OFF}|{WRONG}"),
         ("rope_kv_cache.cu", "v has the strides of k's cache", "row.of(p.v_cache", "row.of(p.k_cache", OFF),

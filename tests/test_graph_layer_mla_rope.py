@@ -131,7 +131,7 @@ def test_attention_still_waits_for_the_update():
     assert site.refusal is None
     LayerMlaRope().rewrite(graph, site, "")
     graph.lint()
-    (fused,) = graph.find_nodes(op="call_function", target=by_name_op())
+    (fused,) = graph.find_nodes(op="call_function", target=by_name_op(LayerMlaRope.op))
     (attention,) = (node for node in graph.nodes if "auto_functionalized" in str(node.target))
     dependency = attention.kwargs["kv_cache_dummy_dep"]
     assert (dependency.args[0], dependency.args[1]) == (fused, 2)

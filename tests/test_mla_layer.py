@@ -12,7 +12,10 @@ from models import isolate, without_code_generation
 from torch.nn import functional as F  # noqa: N812
 
 import bench_layer
+from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.graph.report_store import last_reports
+from autofuse.ops import Config, get_op
+from autofuse.targets import Target
 from mla_layer import SMALL, Inputs, Weights, attend, mla_layer, quantised_and_back, random_inputs, random_weights
 
 CPU = torch.device("cpu")
@@ -199,3 +202,20 @@ def test_a_row_of_the_benchmark(monkeypatch, tmp_path, tiny):
     assert list(content["rows"]["with core"]) == ["2", "4"]
     assert {"host", "torch", "source_hashes"} <= set(content["provenance"])
     assert bench_layer.shown("layer", {2: row}).row_count == 1
+
+
+def test_plainly_launched_configs_are_those_of_the_winners_but_for_programmatic_launch(tmp_path):
+    target = Target.parse("cuda:sm_90a:NVIDIA H200")
+    op = get_op("mla_dual_rms_norm")
+    problem = op.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
+    plain = op.default_config("cuda", problem, 64)
+    early = Config.of(plain, PDL=1, PREFETCH=1)
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        provenance = database.record_provenance({"host": "somewhere"})
+        database.record_winner(
+            Winner(target, problem, 64, early, "hash", 1.0, 0.1, "compile", 2.0, 2.0, 1.9, 2.1, provenance)
+        )
+    bench_layer.plainly_launched(tmp_path / "tuned.db", tmp_path / "plain.db", target)
+    with TunedDatabase(tmp_path / "plain.db") as database:
+        (winner,) = database.winners(target=target)
+    assert (winner.config, winner.tokens, winner.problem) == (Config.of(early, PDL=0, PREFETCH=0), 64, problem)

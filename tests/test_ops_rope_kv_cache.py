@@ -448,8 +448,8 @@ def test_compiled_graphs_write_into_the_callers_caches(dynamic: bool, device: to
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (PRESETS["llama-3-8b"], "heads=32,kv_heads=8,head_dim=128,rope_dim=128,neox=1,table=bf16,cache=auto,qk_norm=0"),
-        (PRESETS["qwen3-8b"], "heads=32,kv_heads=8,head_dim=128,rope_dim=128,neox=1,table=bf16,cache=auto,qk_norm=1"),
+        (PRESETS["llama-3-8b"], "heads=32,kv_heads=8,head_dim=128,rope_dim=128,neox=1,table=bf16"),
+        (PRESETS["qwen3-8b"], "heads=32,kv_heads=8,head_dim=128,rope_dim=128,neox=1,table=bf16"),
         (
             {"num_attention_heads": 32, "hidden_size": 2560, "partial_rotary_factor": 0.4},
             "heads=32,kv_heads=32,head_dim=80,rope_dim=32,neox=1",
@@ -467,10 +467,12 @@ def test_compiled_graphs_write_into_the_callers_caches(dynamic: bool, device: to
     ],
     ids=["Llama", "Qwen3", "Phi", "GLM"],
 )
-def test_models_make_one_problem(config: dict[str, Any], expected: str) -> None:
-    (made,) = ROPE.model_problems(config, "bf16")
-    assert f"dtype=bf16,{expected}" in str(made)
-    assert ROPE.make_problem(**dict(made.params)) == made
+def test_models_make_a_problem_with_a_cache_and_one_without(config: dict[str, Any], expected: str) -> None:
+    for made, cache in zip(ROPE.model_problems(config, "bf16"), ("auto", "none"), strict=True):
+        assert f"dtype=bf16,{expected}" in str(made)
+        assert (made["cache"], made["return_k"]) == (cache, int(cache == "none"))
+        assert made["qk_norm"] == (config.get("model_type") == "qwen3")
+        assert ROPE.make_problem(**dict(made.params)) == made
 
 
 @pytest.mark.parametrize("config", [PRESETS["deepseek-v3"], {"q_lora_rank": 96, "kv_lora_rank": 40}, {}])

@@ -1,7 +1,7 @@
 """Ops with the names and schemas of vLLM's, without vLLM: what its models look like to a graph pass.
 
 The schemas are those of vLLM 0.33: of its compiled library, and of ``vllm/ir/ops`` and
-``vllm/model_executor/layers/attention/mla_attention.py``, with ``static_quant_fp8`` and ``dynamic_group_quant_fp8`` of
+``vllm/model_executor/layers/attention``, with ``static_quant_fp8`` and ``dynamic_group_quant_fp8`` of
 0.23. The implementations are plain PyTorch, on any device. Importing this module registers the ops.
 
 ``layers`` is what attention ops find by their layer's name. ``modules`` are stand-ins for the modules of vLLM in which
@@ -72,7 +72,68 @@ class Layer:
     updates: int = 0
 
 
-layers: dict[str, Layer] = {}
+class FlashAttentionImpl:
+    """A GQA layer's attention backend.
+
+    Attributes:
+        pairs: the dimension of the cache that tells key from value, as vLLM had it up to 0.25; None if these are side
+            by side in its rows.
+    """
+
+    def __init__(self, kv_cache_dtype: str = "auto", pairs: int | None = None) -> None:
+        self.kv_cache_dtype = kv_cache_dtype
+        self.pairs = pairs
+        self.attn_type = "decoder"
+        self.kv_sharing_target_layer_name: str | None = None
+
+    def key_and_value(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Two [blocks, block_size, heads, size]."""
+        return kv_cache.transpose(1, 2).chunk(2, dim=-1) if self.pairs is None else kv_cache.unbind(self.pairs)
+
+    def do_kv_cache_update(
+        self,
+        layer: HeadLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        caches = self.key_and_value(kv_cache)
+        scales = (layer._k_scale, layer._v_scale)
+        _reshape_and_cache_flash(key, value, *caches, slot_mapping, self.kv_cache_dtype, *scales)
+
+
+class TritonAttentionImpl(FlashAttentionImpl):
+    """Another backend, which writes by a method of its own."""
+
+    _is_per_token_head_quant = False
+
+    def do_kv_cache_update(self, layer: HeadLayer, *args: torch.Tensor) -> None:
+        super().do_kv_cache_update(layer, *args)
+
+
+@dataclass
+class HeadLayer:
+    """What a GQA layer's ops find by its name.
+
+    Attributes:
+        kv_cache: [blocks, heads, block_size, 2 · size], or as its backend has it.
+        slot_mapping: [T], int64; None where nothing is written.
+        scale: of the attention's scores.
+        _k_scale, _v_scale: of an fp8 cache, one value or [heads].
+        updates: how often vLLM's own operator has been asked to write the cache.
+    """
+
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor | None
+    impl: FlashAttentionImpl = field(default_factory=FlashAttentionImpl)
+    scale: float = 0.1
+    _k_scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    _v_scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    updates: int = 0
+
+
+layers: dict[str, Any] = {}
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -86,6 +147,8 @@ modules = {
         get_forward_context=_forward_context, is_forward_context_available=lambda: True
     ),
     "vllm.v1.attention.backend": SimpleNamespace(MLAAttentionImpl=MLAAttentionImpl),
+    "vllm.v1.attention.backends.flash_attn": SimpleNamespace(FlashAttentionImpl=FlashAttentionImpl),
+    "vllm.v1.attention.backends.triton_attn": SimpleNamespace(TritonAttentionImpl=TritonAttentionImpl),
     "vllm.model_executor.layers.quantization.utils.quant_utils": SimpleNamespace(
         **{name: name for name in MLAAttentionImpl.supported}
     ),
@@ -120,7 +183,7 @@ else:
 modules["vllm.utils.torch_utils"] = SimpleNamespace(LayerNameType=layer_name)
 
 
-def _layer(name: Any) -> Layer:
+def _layer(name: Any) -> Any:
     return layers[getattr(name, "value", name)]
 
 
@@ -286,6 +349,14 @@ def _unified_mla_kv_cache_update(
     return kv_c_normed.new_empty(0)
 
 
+def _unified_kv_cache_update(key: torch.Tensor, value: torch.Tensor, layer_name: Any) -> torch.Tensor:
+    layer = _layer(layer_name)
+    layer.updates += 1
+    if layer.slot_mapping is not None:
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, layer.slot_mapping)
+    return key.new_empty(0)
+
+
 _define(
     "_C_cache_ops",
     "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
@@ -306,6 +377,14 @@ _define(
     "Tensor k_scale) -> Tensor",
     _unified_mla_kv_cache_update,
     lambda kv_c_normed, *args: kv_c_normed.new_empty(0),
+)
+
+
+_define(
+    "vllm",
+    f"unified_kv_cache_update(Tensor key, Tensor value, {LAYER_TYPE} layer_name) -> Tensor",
+    _unified_kv_cache_update,
+    lambda key, *args: key.new_empty(0),
 )
 
 
@@ -520,6 +599,18 @@ def _unified_mla_attention_with_output(
         _quantise_into(values, output, output_scale, output_block_scale, quant_scale_ue8m0, quant_group_size)
 
 
+def _attention_to_cache(query: torch.Tensor, layer: HeadLayer) -> torch.Tensor:
+    """To all slots, written or not: what counts is what the cache holds when attention runs."""
+    keys, values = (
+        (cache.view(FP8) if cache.dtype == torch.uint8 else cache).flatten(0, 1).to(query.dtype)
+        for cache in layer.impl.key_and_value(layer.kv_cache)
+    )
+    times = query.shape[1] // keys.shape[1]
+    keys, values = (each.repeat_interleave(times, dim=1) for each in (keys, values))
+    scores = torch.einsum("thd,chd->thc", query, keys).float() * layer.scale
+    return torch.einsum("thc,chd->thd", scores.softmax(-1).to(query.dtype), values)
+
+
 def _unified_attention_with_output(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -530,10 +621,16 @@ def _unified_attention_with_output(
     output_block_scale: torch.Tensor | None = None,
     kv_cache_dummy_dep: torch.Tensor | None = None,
 ) -> None:
-    """Of [T, heads, size] without a cache: each token attends to those of the call up to itself."""
-    values = torch.nn.functional.scaled_dot_product_attention(
-        *(each.transpose(0, 1) for each in (query, key, value)), is_causal=True
-    ).transpose(0, 1)
+    """Of [T, heads, size]: each token attends to the layer's cache, or, where there is none, to the tokens of the call
+    up to itself.
+    """
+    layer = layers.get(getattr(layer_name, "value", layer_name))
+    if isinstance(layer, HeadLayer) and layer.slot_mapping is not None:
+        values = _attention_to_cache(query, layer)
+    else:
+        values = torch.nn.functional.scaled_dot_product_attention(
+            *(each.transpose(0, 1) for each in (query, key, value)), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
     if output_scale is None and output_block_scale is None:
         output.copy_(values)
     else:

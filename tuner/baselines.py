@@ -54,7 +54,7 @@ def compiled_reference(
 
     Args: options: Inductor's, as for ``torch.compile(options=...)``.
     """
-    tensor_indices = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    order: list[int] = []  # Dynamo's of the tensors: that of their first use
     graphs: list[Callable[[list[torch.Tensor]], Any]] = []
 
     def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
@@ -63,6 +63,7 @@ def compiled_reference(
         return graph
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        order.extend(i for each in inputs for i, arg in enumerate(args) if arg is each)
         return compile_fx(module, inputs, inner_compile=inner, config_patches=options)
 
     compiled = torch.compile(_fresh(op.unfused), backend=backend, dynamic=False)
@@ -74,11 +75,11 @@ def compiled_reference(
     graph = graphs[0]
 
     def generated(*call_args: Any) -> Any:
-        return graph([call_args[i] for i in tensor_indices])
+        return graph([call_args[i] for i in order])
 
     try:
         same = all(torch.equal(a, b) for a, b in zip(generated(*args), expected, strict=True))
-    except (RuntimeError, AssertionError, TypeError, ValueError):  # the graph takes its inputs in another order
+    except (RuntimeError, AssertionError, TypeError, ValueError):  # the graph takes other inputs than Dynamo
         same = False
     return compiled, generated if same else None
 

@@ -100,9 +100,6 @@ class Effort:
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
             do not stay in the last-level cache (H200: 60 MB).
         ring_sets: at most so many sets of inputs; tiny ones would need thousands.
-        neighbours: on a GPU, calls are timed between ordinary kernels that write what they read, as in a model. False:
-            one call directly after the other, with its inputs outside the L2 cache, as other libraries' benchmarks
-            do it.
         verify_seeds: random inputs that a config must compute rightly before it is timed.
         limits: after which a candidate is taken for one that never ends.
     """
@@ -123,7 +120,6 @@ class Effort:
     warmup_rounds: int = 2
     ring_bytes: int = 160 << 20
     ring_sets: int = 256
-    neighbours: bool = True
     verify_seeds: int = 2
     limits: Limits = Limits()
 

@@ -213,12 +213,8 @@ class _BucketTuning:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
 
     def _first_configs(self) -> list[Config]:
-        """The default, and what won in the buckets nearest to this one."""
-        others = [
-            winner
-            for winner in self._database.winners(target=self._target, problem=self._problem)
-            if winner.tokens != self._tokens
-        ]
+        """The default, and what won in the buckets nearest to this one; in this one itself with other sources."""
+        others = list(self._database.winners(target=self._target, problem=self._problem))
         others.sort(key=lambda winner: max(winner.tokens, self._tokens) / min(winner.tokens, self._tokens))
         default = self._op.default_config(self._target.kind, self._problem, self._tokens)
         return [default, *(winner.config for winner in others[:4])]

@@ -1,17 +1,15 @@
 """Timing: what a call takes, fairly.
 
 On a GPU the calls are captured into one CUDA graph, each with other inputs, so that neither Python nor a warm L2 cache
-is measured; its replays are timed with events. Before each call, ordinary kernels write the activations that it reads,
-a matrix product the largest, as in a model: the call finds them in the L2 cache and its weights outside, and no
-neighbour takes part in programmatic dependent launch. A graph of these neighbours alone is timed beside, round by
-round: what the call adds to it counts. In a chain of nothing but itself, a kernel that launches early hides in its own
-predecessor, which no model gives it: on an H200 that takes 0.8 µs off a kernel; between matrix products it is worth
--0.2 to 0.2 µs.
+is measured; its replays are timed with events. Results are dropped at once: as in a model, a call writes where the
+allocator has just freed, and all functions that are compared write to the same addresses. On a CPU the calls are timed
+as they are. Functions that are compared take turns, so a clock that drifts drifts for all of them, and change their
+order from round to round, so that none always runs behind the same one.
 
-Results are dropped at once: as in a model, a call writes where the allocator has just freed, and all functions that are
-compared write to the same addresses. On a CPU the calls are timed as they are. Functions that are compared take turns,
-so a clock that drifts drifts for all of them, and change their order from round to round, so that none always runs
-behind the same one.
+One call follows the other, so a kernel that is launched programmatically overlaps with its own predecessor. In a model
+it does so where the kernel before lets it start early, as many of cuBLAS's for Hopper do: launched plainly, the same
+kernels make an MLA layer of one token 2 µs longer on an H200. After short products, which do not, they take 0.3 to
+0.6 µs more than plainly launched ones. No stand-in for a model tells which it will be.
 """
 
 from __future__ import annotations
@@ -22,30 +20,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from autofuse.ops import FusedOp, Problem
-from autofuse.ops.binding import ROWS
 from autofuse.tuner.budgets import Effort
 
-__all__ = [
-    "Gain",
-    "Ring",
-    "Runner",
-    "Timing",
-    "activations",
-    "example_ring",
-    "gain",
-    "interleave",
-    "runner",
-    "time_alone",
-]
+__all__ = ["Gain", "Ring", "Runner", "Timing", "example_ring", "gain", "interleave", "runner", "time_alone"]
 
 Call = Callable[..., Any]
-_INNER = 512  # of the matrix products between calls: a few µs each, whatever the number of tokens
 _SOME_ROUNDS = 3  # from whose shortest the length of a round is told
 
 
@@ -55,22 +39,14 @@ class Ring:
 
     Attributes:
         pool: the memory pool that the CUDA graphs over this ring share; None on a CPU.
-        before: for each set, what runs before the call; empty: one call follows the other.
     """
 
     sets: Sequence[tuple[Any, ...]]
     pool: Any = None
-    before: Sequence[Callable[[], Any]] = ()
 
     @classmethod
-    def of(
-        cls, sets: Sequence[tuple[Any, ...]], device: torch.device, before: Sequence[Callable[[], Any]] = ()
-    ) -> Ring:
-        return cls(sets, torch.cuda.graph_pool_handle() if device.type == "cuda" else None, before)
-
-    def turns(self) -> list[tuple[Callable[[], Any], tuple[Any, ...]]]:
-        """What runs before each call, and the call's arguments."""
-        return list(zip(self.before or [_nothing] * len(self.sets), self.sets, strict=True))
+    def of(cls, sets: Sequence[tuple[Any, ...]], device: torch.device) -> Ring:
+        return cls(sets, torch.cuda.graph_pool_handle() if device.type == "cuda" else None)
 
 
 @dataclass(frozen=True)
@@ -116,8 +92,7 @@ def gain(baseline: Timing, candidate: Timing) -> Gain:
 def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> Ring:
     """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows.
 
-    What all layers of a model share is the same in all of them. On a GPU, ordinary kernels run before each call, unless
-    ``effort.neighbours`` is off.
+    What all layers of a model share is the same in all of them.
     """
     generator = torch.Generator(device).manual_seed(1)
     sets = -(-effort.ring_bytes // max(op.bytes_moved(problem, tokens), 1))
@@ -125,43 +100,7 @@ def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.devic
     first = op.example_args(problem, tokens, device, generator)
     others = (op.example_args(problem, tokens, device, generator) for _ in range(sets - 1))
     common = [tuple(first[i] if i in op.shared else arg for i, arg in enumerate(args)) for args in others]
-    ring = [first, *common]
-    if device.type != "cuda" or not effort.neighbours:
-        return Ring.of(ring, device)
-    return Ring.of(ring, device, _neighbours([activations(op, problem, args) for args in ring], tokens, device))
-
-
-def _neighbours(
-    written: Sequence[Sequence[torch.Tensor]], tokens: int, device: torch.device
-) -> list[Callable[[], None]]:
-    """For each set, ordinary kernels that write these tensors: a matrix product the largest, as the last."""
-    if not written[0]:  # all arguments are FP8 or constants, but something runs before
-        written = [[torch.zeros(tokens, _INNER, device=device)]] * len(written)
-    rows = [sorted((tensor.view(tensor.shape[0], -1) for tensor in each), key=torch.numel) for each in written]
-    largest = rows[0][-1]
-    left = torch.randn(largest.shape[0], _INNER, device=device).to(largest.dtype)
-    right = torch.randn(_INNER, largest.shape[1], device=device).mul_(_INNER**-0.5).to(largest.dtype)
-
-    def write(*others: torch.Tensor, last: torch.Tensor) -> None:
-        for tensor in others:
-            tensor.neg_()
-        torch.mm(left, right, out=last)
-
-    return [partial(write, *others, last=last) for *others, last in rows]
-
-
-def activations(op: FusedOp, problem: Problem, args: Sequence[Any]) -> list[torch.Tensor]:
-    """The whole contiguous tensors that an op's activations are, or are views of: each floating-point argument with a
-    row for each token. FP8 is left out: PyTorch has no arithmetic on it.
-    """
-    bases: dict[int, torch.Tensor] = {}
-    for tensor in op.binding(problem).tensors:
-        arg = args[tensor.index]
-        if {None, ROWS} & set(tensor.sizes or ()) and arg.is_floating_point() and arg.element_size() > 1:
-            base = arg if arg._base is None else arg._base
-            if base.is_contiguous():
-                bases[base.data_ptr()] = base
-    return list(bases.values())
+    return Ring.of([first, *common], device)
 
 
 class Runner(ABC):
@@ -193,19 +132,16 @@ class Runner(ABC):
 
 class _CudaRunner(Runner):
     def __init__(self, call: Call, ring: Ring, effort: Effort) -> None:
-        self._neighbours = _CudaRunner(_nothing, ring, effort) if ring.before and call is not _nothing else None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # outside the capture: first calls load modules and compile
-            for before, args in ring.turns()[:2]:
-                before()
+            for args in ring.sets[:2]:
                 call(*args)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=ring.pool):
-            for before, args in ring.turns():
-                before()
+            for args in ring.sets:
                 call(*args)
         self.calls_each = len(ring.sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -218,13 +154,6 @@ class _CudaRunner(Runner):
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e3
-
-    def round_us(self) -> float:
-        return super().round_us() - (self._neighbours.round_us() if self._neighbours else 0.0)
-
-
-def _nothing(*args: Any) -> None:
-    """What is timed between its neighbours to know what they take."""
 
 
 class _CpuRunner(Runner):

@@ -20,8 +20,8 @@ from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import report_key, store, symbol_ranges
 from autofuse.graph.settings import Settings, hint_for
 from autofuse.graph.specialise import specialise_eps
+from autofuse.runtime import layer_ops
 from autofuse.runtime.dispatch import registry
-from autofuse.runtime.layer_ops import by_name_op
 
 __all__ = ["Watch", "autofuse", "watching"]
 
@@ -70,7 +70,7 @@ def autofuse(
 
     settings, others = Settings.parse(options)
     patches = _inductor_options(mode, {**settings.inductor_options, **others})
-    by_name_op()
+    layer_ops.define()
     specialise_eps(gm.graph)
     watch = watching.get()
     stop = watch is not None and watch.stop

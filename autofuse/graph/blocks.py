@@ -18,6 +18,7 @@ __all__ = [
     "CacheWriteBlock",
     "Found",
     "HeadRows",
+    "HeadsUpdateBlock",
     "HeadwiseLinearBlock",
     "LatentUpdateBlock",
     "NearMiss",
@@ -328,6 +329,22 @@ class LatentUpdateBlock(Block):
 
 
 @dataclass(frozen=True)
+class HeadsUpdateBlock(Block):
+    """A write to the cache of a GQA or MHA layer that vLLM finds by the layer's name when it runs.
+
+    ``output`` is empty: attention reads it so as to come after the write.
+
+    Attributes:
+        key, value: [T, KV, head_size].
+        layer_name: a string, or a node that holds one of vLLM's ``LayerName``.
+    """
+
+    key: Node
+    value: Node
+    layer_name: Any
+
+
+@dataclass(frozen=True)
 class NearMiss:
     """Something that looked like a block and is none.
 
@@ -379,3 +396,6 @@ class Found:
 
     def latent_updates(self) -> list[LatentUpdateBlock]:
         return [block for block in self.blocks if isinstance(block, LatentUpdateBlock)]
+
+    def heads_updates(self) -> list[HeadsUpdateBlock]:
+        return [block for block in self.blocks if isinstance(block, HeadsUpdateBlock)]

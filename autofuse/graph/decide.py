@@ -16,6 +16,7 @@ from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable, Uns
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
 from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.recognise.nodes import expression
@@ -312,7 +313,11 @@ def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> 
 
 def _if_aligned(op: FusedOp, site: Site, decision: Decision) -> Decision:
     """The decision, unless a kernel of its plan could never run on the site's tensors."""
-    if decision.plan is None or (why := misalignment(op, decision.plan, site.tensors())) is None:
+    if decision.plan is None:
+        return decision
+    with on_fakes(fake_mode_of(None)):
+        tensors = site.tensors()
+    if (why := misalignment(op, decision.plan, tensors)) is None:
         return decision
     return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 

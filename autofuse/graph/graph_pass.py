@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
 
 from autofuse.errors import UnsupportedCall
 from autofuse.graph.blocks import Found
 from autofuse.graph.compile_tuning import Tuner, tune_in_process
 from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import FUSIONS, Fusion, Site
 from autofuse.graph.notice import logger, warn_once
 from autofuse.graph.origin import Origins
@@ -26,7 +28,7 @@ from autofuse.graph.recognise import recognise
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport, count_blocks
 from autofuse.graph.settings import PREFIX, Settings
 from autofuse.ops import OPS
-from autofuse.runtime.vllm_context import output_formats
+from autofuse.runtime.vllm_context import head_cache_kinds, output_formats
 from autofuse.targets import KINDS
 
 __all__ = ["FusionPass", "StoppedError", "sources_hash", "without_overlaps"]
@@ -129,10 +131,14 @@ class FusionPass(_AwarePass):
         sites: list[SiteReport] = []
         found, note = Found(), ""
         unmatched: tuple[str, ...] = ()
+        mode = None
         try:
-            found = recognise(graph)
+            mode = _fake_mode(graph)
+            with on_fakes(mode):
+                found = recognise(graph)
+                matched = [(fusion, site) for fusion in FUSIONS for site in fusion.match(found)]
             note = self._split_note()
-            decided = without_overlaps([(f, site, decider.decide(f, site)) for f in FUSIONS for site in f.match(found)])
+            decided = without_overlaps([(fusion, site, decider.decide(fusion, site)) for fusion, site in matched])
             unmatched = self._unmatched(decided)
             found += Found(near_misses=tuple(miss for f in FUSIONS for miss in f.near_misses(found)))
         except Exception as error:  # a user's compilation must not end for want of a fusion
@@ -142,11 +148,12 @@ class FusionPass(_AwarePass):
         # What the reports say of a site is read before the rewrite erases its nodes.
         sites = [self._site_report(site, decision) for _, site, decision in decided]
         near_misses = tuple(self._near_miss_reports(found))
-        for index in _rewriting_order(decided):
-            fusion, site, decision = decided[index]
-            if decision.fuses and (why := _rewrite(graph, fusion, site, str(decision.plan or ""))) is not None:
-                left = replace(decision, plan=None, rewrites=False, rule="refused", reason=why)
-                sites[index] = self._site_report(site, left)
+        with on_fakes(mode):
+            for index in _rewriting_order(decided):
+                fusion, site, decision = decided[index]
+                if decision.fuses and (why := _rewrite(graph, fusion, site, str(decision.plan or ""))) is not None:
+                    left = replace(decision, plan=None, rewrites=False, rule="refused", reason=why)
+                    sites[index] = self._site_report(site, left)
         decider.remember_untuned()
         return GraphReport(
             key=self.key,
@@ -220,10 +227,16 @@ class FusionPass(_AwarePass):
         ]
 
 
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    """The mode that all fake tensors of ``graph`` belong to."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return fake_mode_of(next((value for value in values if isinstance(value, torch.Tensor)), None))
+
+
 def _layer_facts() -> list[str]:
     """What decisions depend on that only vLLM's layers know."""
-    formats = output_formats()
-    return [] if formats is None else [f"{name}={sorted(groups)}" for name, groups in sorted(formats.items())]
+    facts = [f"{name}={sorted(groups)}" for name, groups in sorted((output_formats() or {}).items())]
+    return facts + [f"{name}={cache}" for name, cache in sorted((head_cache_kinds() or {}).items())]
 
 
 Decided = tuple[Fusion, Site, Decision]
@@ -237,15 +250,16 @@ def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
     """
     wanted = [index for index, (_, _, decision) in enumerate(decided) if decision.fuses]
     wanted.sort(key=lambda index: _worth(*decided[index][1:]), reverse=True)
-    kept: list[int] = []
+    taken: dict[Node, int] = {}
     result = list(decided)
-    for index in wanted:
+    for rank, index in enumerate(wanted):
         fusion, site, decision = decided[index]
-        rival = next((other for other in kept if decided[other][1].nodes & site.nodes), None)
-        if rival is None:
-            kept.append(index)
+        nodes = site.nodes
+        rivals = [taken[node] for node in nodes if node in taken]
+        if not rivals:
+            taken.update(dict.fromkeys(nodes, rank))
             continue
-        _, winner, better = decided[rival]
+        _, winner, better = decided[wanted[min(rivals)]]
         won, this = _merit(winner, better), _merit(site, decision)
         reason = f"{winner.op} ({winner.fusion}) replaces nodes of it and {won}; this one {this}"
         result[index] = (fusion, site, replace(decision, plan=None, rewrites=False, rule="overlap", reason=reason))

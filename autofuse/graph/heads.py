@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, HeadRows, RopeBlock, RopeRead, Slots
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.moves import RefusedError, nodes_to_hoist
 from autofuse.graph.recognise.nodes import concrete, dtype_of, product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement
@@ -124,13 +124,13 @@ class HeadSource:
     @cached_property
     def _fake(self) -> torch.Tensor:
         value = tensor(self.rows.node)
-        return on_fakes(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
+        return _without_copy(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
 
 
-def on_fakes(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
+def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
     """The result of ``function(call)``, whose calls are made on fake tensors, and copy nothing. Raises RefusedError."""
-    mode = detect_fake_mode(values)
-    if mode is None or mode.shape_env is None:
+    mode = fake_mode_of(values)
+    if mode is None:
         raise RefusedError(f"{what}: it has no fake tensor")
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def on_fakes(function: Callable[[Call], Any], values: Sequence[Any], what: str) 
         args, kwargs = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         return target(*args, **kwargs)
 
-    with mode, mode.shape_env.suppress_guards():
+    with on_fakes(mode):
         try:
             return function(call)
         except (RuntimeError, ValueError):
@@ -337,12 +337,15 @@ def slot_nodes(slots: Slots) -> list[Node]:
     return [slots.index, *([] if slots.blocks is None else [slots.blocks])]
 
 
-def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> Node:
-    """int64: block · block_size + row of each token; negative where nothing is written."""
-    if slots.skips_negative:
-        return slots.index
-    blocks, rows = write.layout[0][:2]
+def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> tuple[Node, bool]:
+    """(int64: block · block_size + row of each token; whether negative ones count from the end of the cache, or else
+    are of tokens of which nothing is written)
+    """
     index = slots.index
+    as_given = slots.blocks is None and not slots.per_block and len(shape(index)) == 1
+    if slots.skips_negative or (as_given and dtype_of(index) == torch.int64):
+        return index, not slots.skips_negative
+    blocks, rows = write.layout[0][:2]
 
     def build(new: Replacement) -> Node:
         if slots.per_block or slots.blocks is not None:
@@ -366,7 +369,7 @@ def slots_of(shared: SharedValues, slots: Slots, write: CacheWriteBlock) -> Node
     inputs = [index, *([slots.blocks] if slots.blocks is not None else [])]
     if any(concrete(size) is None for size in (blocks, rows)):
         inputs.append(write.root)
-    return shared.get(("slots", str(slots), str(blocks), str(rows)), inputs, build)
+    return shared.get(("slots", str(slots), str(blocks), str(rows)), inputs, build), False
 
 
 def _from_end(new: Replacement, index: Node, size: Any) -> Node:
@@ -400,7 +403,7 @@ class CacheArgument:
         if concrete(value.storage_offset()) != 0 and not self.is_whole:
             raise RefusedError(f"the cache {self.root} lies within another tensor")
         sizes, strides, offset = self.layout
-        return on_fakes(
+        return _without_copy(
             lambda call: call(aten.as_strided.default, value, sizes, strides, offset),
             [value],
             f"{self.root} cannot be seen as a cache",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Block
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.nodes import concrete, same_size, shape
 from autofuse.graph.rows import Rows
@@ -33,7 +32,7 @@ class Replacement:
     def __init__(self, graph: Graph, before: Node, like: Node) -> None:
         self._graph = graph
         self._before = before
-        self._like = like
+        self._mode = fake_mode_of([like.meta["val"]])
         self._origin = {key: like.meta[key] for key in _ORIGIN if key in like.meta}
         self._new: list[Node] = []
 
@@ -52,12 +51,7 @@ class Replacement:
         self._new.append(node)
         node.meta.update(self._origin)
         values, named = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        mode = detect_fake_mode([arg.meta["val"] for arg in (*node.all_input_nodes, self._like)])
-        with contextlib.ExitStack() as stack:
-            if mode is not None:
-                stack.enter_context(mode)
-                if mode.shape_env is not None:
-                    stack.enter_context(mode.shape_env.suppress_guards())
+        with on_fakes(self._mode):
             node.meta["val"] = target(*values, **named)
         return node
 

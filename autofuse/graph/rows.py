@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Node
 
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.recognise.nodes import concrete, is_call, is_getitem, is_view, shape, tensor
 
 __all__ = ["Linear", "Rows", "is_stored", "linear_of", "matrix_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
@@ -162,10 +162,7 @@ def matrix_of(rows: Rows) -> torch.Tensor:
     """The rows as [T, width], a strided view of their base, on fake tensors. The base is ``viewable_as_rows``."""
     value = tensor(rows.base)
     assert value is not None
-    mode = detect_fake_mode([value])
-    assert mode is not None
-    assert mode.shape_env is not None
-    with mode, mode.shape_env.suppress_guards():
+    with on_fakes(fake_mode_of([value])):
         matrix = value.view(-1, value.shape[-1])
         return matrix if rows.whole else matrix[:, rows.offset : rows.offset + rows.width]
 
@@ -175,10 +172,10 @@ def viewable_as_rows(base: Node) -> str | None:
     value = tensor(base)
     if value is None:
         return f"{base} is no tensor"
-    mode = detect_fake_mode([value])
-    if mode is None or mode.shape_env is None:
+    mode = fake_mode_of([value])
+    if mode is None:
         return f"{base} has no fake tensor"
-    with mode, mode.shape_env.suppress_guards():
+    with on_fakes(mode):
         if concrete(value.stride()[-1]) != 1:
             return f"the last dimension of {base} is not contiguous"
         try:

@@ -103,6 +103,8 @@ class FieldKind(IntEnum):
     """The size of argument ``index`` in dimension ``dim``, as a 32-bit integer."""
     NOTHING = 6
     """A zero: a pointer that this problem has no tensor for."""
+    FLAG = 7
+    """Argument ``index``, a bool, as a 32-bit integer."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ CPU_SPACE = SearchSpace(
     (
         *THREADING,
         Tunable("TASK_ROWS", (1, 8), "tokens per task: less overhead, against less even load"),
-        Tunable("UNROLL", (2, 1, 4), "vectors per loop iteration: hides latency, against registers and a longer tail"),
+        Tunable("UNROLL", (2, 1, 4), "vector pairs per loop iteration: hides latency, against registers and a longer tail"),
         Tunable("VECTOR_BYTES", (64, 32), "SIMD width: fewer instructions, against a lower clock on some CPUs"),
     ),
     (

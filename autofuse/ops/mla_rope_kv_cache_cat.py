@@ -28,7 +28,15 @@ from autofuse.ops.mla_rope_kv_cache_cat_kernels import (
     kind_of_cache,
 )
 from autofuse.ops.problem import Config, Problem
-from autofuse.ops.rope import E4M3_EPSILON, E4M3_MAX, E4M3_SMALLEST, deinterleaves, rotate, scaled_to_fp8
+from autofuse.ops.rope import (
+    E4M3_EPSILON,
+    E4M3_MAX,
+    E4M3_SMALLEST,
+    counted_from_start,
+    deinterleaves,
+    rotate,
+    scaled_to_fp8,
+)
 from autofuse.targets import KernelSpec
 
 __all__ = ["MlaRopeKvCacheCat"]
@@ -54,9 +62,9 @@ class MlaRopeKvCacheCat(FusedOp):
         cos_sin_cache: [positions, rope_dim], a row holding rope_dim/2 cosines, then as many sines; q_pe's dtype or
             fp32. Plain and DeepSeek-scaled (YaRN) RoPE differ only in this table.
         slot_mapping: int64: block · block_size + row for each token. A token is padded, and writes no cache row (all
-            else is computed for it), whose slot is negative or beyond the cache, or who has none because slot_mapping
-            is shorter than T. None: nothing is written. A slot beyond the cache raises ValueError where values are
-            looked at (see ``bounds``).
+            else is computed for it), whose slot is negative (but see slots_from_end) or beyond the cache, or who has
+            none because slot_mapping is shorter than T. None: nothing is written. A slot beyond the cache raises
+            ValueError where values are looked at (see ``bounds``).
         kv_cache: written in place. None or without rows: nothing is written, as before a model has its cache. One of
             [blocks, block_size, latent_dim + rope_dim], a row holding kv_c, then k_pe; q_pe's dtype, or float8_e4m3fn;
             [blocks, block_size, latent_dim], as above, where there is a k_pe_cache;
@@ -72,6 +80,8 @@ class MlaRopeKvCacheCat(FusedOp):
             ones, as NeoX has them. Both the results and what is cached. Hugging Face transformers' DeepSeek-V3 and
             Kimi-K2 do so (``apply_rotary_pos_emb_interleave`` in models/deepseek_v3/modeling_deepseek_v3.py): a query
             and a key in the same order have the same product.
+        slots_from_end: negative slots count from the cache's end, as PyTorch's indices do: -1 is its last row. False:
+            they are of padded tokens.
 
     Returns: the query [T, H, nope_dim + rope_dim], and rotated k_pe [T, rope_dim], both contiguous.
     """
@@ -85,7 +95,7 @@ class MlaRopeKvCacheCat(FusedOp):
     schema = (
         "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
         "Tensor? slot_mapping, Tensor(a!)? kv_cache, Tensor(b!)? k_pe_cache, Tensor? kv_scale, Tensor? q_scale, "
-        'bool is_neox, bool deinterleave=False, str plan="") -> (Tensor, Tensor)'
+        'bool is_neox, bool deinterleave=False, bool slots_from_end=False, str plan="") -> (Tensor, Tensor)'
     )
     mutates = (7, 8)
     shared = (4, 5, 6)
@@ -94,22 +104,23 @@ class MlaRopeKvCacheCat(FusedOp):
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave = args
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave, from_end = args
         q, kv_c, k_pe = _rotated(is_neox, deinterleave, *inputs)
         if _writes(slots, cache):
-            tokens, kept = _kept(slots, cache, len(k_pe))
+            tokens, kept = _kept(slots, cache, len(k_pe), from_end)
             _write(cache, k_pe_cache, kept, kv_c[tokens], k_pe[tokens], kv_scale)
         return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def unfused(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave = args
+        *inputs, slots, cache, k_pe_cache, kv_scale, q_scale, is_neox, deinterleave, from_end = args
         q, kv_c, k_pe = _rotated(is_neox, deinterleave, *inputs)
         if _writes(slots, cache):
+            slots = counted_from_start(slots, cache) if from_end else slots
             _write(cache, k_pe_cache, slots, kv_c, k_pe, kv_scale)
         return q if q_scale is None else scaled_to_fp8(q, q_scale), k_pe
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *style = args
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *style, from_end = args
         tokens, dtype = len(positions), q_pe.dtype
         cos, sin = table.double()[positions].chunk(2, dim=-1)
         q = rotate(q_pe[:tokens].double(), cos[:, None], sin[:, None], *style)
@@ -122,7 +133,7 @@ class MlaRopeKvCacheCat(FusedOp):
         caches = [cache, *([] if k_pe_cache is None else [k_pe_cache])]
         expected = [each.clone() if each.dtype == torch.uint8 else each.double() for each in caches]
         if _writes(slots, cache):
-            kept, slots = _kept(slots, cache, tokens)
+            kept, slots = _kept(slots, cache, tokens, from_end)
             # What the cache holds was rounded to the activations' dtype first.
             parts = [kv_c[:tokens][kept].double(), k_pe[kept].to(dtype).double()]
             if cache.dtype == torch.uint8:
@@ -136,7 +147,7 @@ class MlaRopeKvCacheCat(FusedOp):
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         with suppress(UnsupportedCall):  # which the reference computes
             self.problem_of(*args)
-        q_nope, q_pe, _, k_pe, positions, *_, q_scale, _, _ = args
+        q_nope, q_pe, _, k_pe, positions, *_, q_scale, _, _, _ = args
         tokens, heads, rope_dim = positions.shape[0], q_pe.shape[1], q_pe.shape[2]
         width = rope_dim + (0 if q_nope is None else q_nope.shape[2])
         dtype = q_pe.dtype if q_scale is None else torch.float8_e4m3fn
@@ -203,24 +214,28 @@ class MlaRopeKvCacheCat(FusedOp):
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
-        if not (model.get("kv_lora_rank") and model.get("qk_rope_head_dim") and model.get("num_attention_heads")):
+        """First what engines with absorbed attention make of it, such as vLLM; then Hugging Face transformers, with a
+        StaticCache (one tensor for the latent, one for the key) and with a cache that grows, which is not written in
+        place.
+        """
+        names = {"heads": "num_attention_heads", "rope_dim": "qk_rope_head_dim", "latent_dim": "kv_lora_rank"}
+        sizes = {name: model.get(key) for name, key in names.items()}
+        if not all(sizes.values()):
             return []
-        return [
-            self.make_problem(
-                dtype=dtype,
-                heads=model["num_attention_heads"],
-                nope_dim=model["kv_lora_rank"],
-                rope_dim=model["qk_rope_head_dim"],
-                latent_dim=model["kv_lora_rank"],
-                neox=False,
-                table=dtype,
-                cache="auto",
-            )
-        ]
+        halves = model.get("rope_interleave") is False
+        shared = {**sizes, "dtype": dtype, "neox": halves, "table": dtype}
+        found = [{**shared, "nope_dim": model["kv_lora_rank"], "cache": "auto"}]
+        if nope_dim := model.get("qk_nope_head_dim"):
+            # DeepSeek-V2 multiplies complex numbers of two fp32; all others rotate in their own dtype.
+            style = {"table": "fp32"} if model.get("model_type") == "deepseek_v2" else {"deinterleave": not halves}
+            whole = {**shared, **style, "nope_dim": nope_dim}
+            # Where nothing is cached, the key stands for the latent.
+            found += [{**whole, "cache": "auto_apart"}, {**whole, "cache": "none", "latent_dim": sizes["rope_dim"]}]
+        return [self.make_problem(**params) for params in found]
 
     def problem_of(self, *args: Any) -> Problem:
-        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *style = args
-        is_neox, deinterleave = style
+        q_nope, q_pe, kv_c, k_pe, positions, table, slots, cache, k_pe_cache, kv_scale, q_scale, *flags = args
+        is_neox, deinterleave, _ = flags
         if q_pe.dim() != 3 or kv_c.dim() != 2 or k_pe.dim() != 2 or positions.dim() != 1 or table.dim() != 2:
             raise BadInput(
                 f"{self.name}: q_pe {list(q_pe.shape)}, kv_c {list(kv_c.shape)}, k_pe {list(k_pe.shape)}, positions "
@@ -345,16 +360,17 @@ class MlaRopeKvCacheCat(FusedOp):
             torch.full((1,), 0.29, device=device) if fp8 else None,
             bool(problem["neox"]),
             deinterleaves(problem),
+            False,
         )
 
     def check_args(
         self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
     ) -> tuple[Any, ...]:
-        """Every third token is padded, the first is not; of the others, some have slots beyond the cache, and the last
-        ones none at all. Buffers are up to two rows longer than T. The cache has blocks of 5 to 18 rows, its rows and
-        blocks lie apart (by at least a block's worth of rows from the beginning and the end of its memory), and scales
-        are random. Rows of the table and of all activations lie apart, each in its own way. Values of a row are of its
-        own size, and some rows are zero.
+        """Every third token is padded, or its slot counts from the end, but not the first; of the others, some have
+        slots beyond the cache or before it, and the last ones none at all. Buffers are up to two rows longer than T.
+        The cache has blocks of 5 to 18 rows, its rows and blocks lie apart (by at least a block's worth of rows from
+        the beginning and the end of its memory), and scales are random. Rows of the table and of all activations lie
+        apart, each in its own way. Values of a row are of its own size, and some rows are zero.
         """
         dtype, table_dtype = (DTYPES[str(problem[name])] for name in ("dtype", "table"))
         heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
@@ -371,12 +387,15 @@ class MlaRopeKvCacheCat(FusedOp):
         table = rows_apart(torch.cat([angles.cos(), angles.sin()], dim=-1).to(table_dtype), 1)
         slots: torch.Tensor | None = None
         caches: list[torch.Tensor | None] = [None, None]
+        from_end = False
         if kind_of_cache(problem).code:
             size = 5 + seeds[4] % 14
             blocks = -(-tokens // size) + 2
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
             slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)[: max(tokens, 1)]
-            slots[1::3] = -1 - seeds[5] % size
+            from_end = bool(seeds[8] % 2)
+            slots[1::3] = slots[1::3] - blocks * size if from_end else -1 - seeds[5] % size
+            slots[2::9] = -1 - blocks * size - seeds[5] % size  # before the first
             slots[3::6] = blocks * size + seeds[6] % size
             slots = slots[: max(tokens - seeds[7] % (tokens // 2 + 1), 1)]
             values = torch.randn((blocks + 2) * (size + 3), latent + rope, device=device, generator=generator)
@@ -398,6 +417,7 @@ class MlaRopeKvCacheCat(FusedOp):
             scales[1] if fp8_query(problem) else None,
             bool(problem["neox"]),
             deinterleaves(problem),
+            from_end,
         )
 
     def sweep_problems(self) -> Sequence[Problem]:
@@ -506,9 +526,9 @@ def _writes(slots: torch.Tensor | None, cache: torch.Tensor | None) -> bool:
     return slots is not None and cache is not None and slots.numel() > 0 and cache.numel() > 0
 
 
-def _kept(slots: torch.Tensor, cache: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that are written, and their slots."""
-    slots = slots[:tokens]
+def _kept(slots: torch.Tensor, cache: torch.Tensor, tokens: int, from_end: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that are written, and their slots, counted from the beginning."""
+    slots = counted_from_start(slots[:tokens], cache) if from_end else slots[:tokens]
     kept = ((slots >= 0) & (slots < cache.shape[0] * cache.shape[1])).nonzero()[:, 0]
     return kept, slots[kept]
 

@@ -301,8 +301,9 @@ def binding(problem: Problem) -> Binding:
             Field(FieldKind.TOKENS),
             Field(FieldKind.SIZE, 6, 0) if cache.code else no_size,
             Field(FieldKind.SIZE, 5, 0),
+            Field(FieldKind.FLAG, 13),
         ),
-        params_format="P" * 11 + "q" * 7 + 2 * "Pqqii" + "iii",
+        params_format="P" * 11 + "q" * 7 + 2 * "Pqqii" + "iiii",
         results=(
             Result(torch.float8_e4m3fn if query_is_fp8 else dtype, (None, heads, nope + rope)),
             Result(dtype, (None, rope)),

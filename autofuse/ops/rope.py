@@ -10,6 +10,7 @@ __all__ = [
     "E4M3_EPSILON",
     "E4M3_MAX",
     "E4M3_SMALLEST",
+    "counted_from_start",
     "deinterleaves",
     "in_halves",
     "rotate",
@@ -51,6 +52,11 @@ def rotate(
 def scaled_to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x ÷ scale, saturated, as float8_e4m3fn: what vLLM stores."""
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def counted_from_start(slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """Slots of a cache [blocks, block_size, …], negative ones of which count from its end."""
+    return torch.where(slots < 0, slots + cache.shape[0] * cache.shape[1], slots)
 
 
 def write_rows(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from autofuse.ops.rope import (
     E4M3_EPSILON,
     E4M3_MAX,
     E4M3_SMALLEST,
+    counted_from_start,
     deinterleaves,
     rotate,
     scaled_to_fp8,
@@ -34,6 +35,7 @@ from autofuse.ops.rope_kv_cache_kernels import (
     Q_WEIGHT,
     RETURN_K,
     SLOTS,
+    SLOTS_FROM_END,
     TABLE,
     V_CACHE,
     V_SCALE,
@@ -70,10 +72,10 @@ class RopeKvCache(FusedOp):
         k, v: [T or more, KV, D].
         positions: [T], int64, rows of cos_sin_cache.
         cos_sin_cache: [P, R], R ≤ D; a row holds R/2 cosines, then as many sines; q's dtype or fp32.
-        slot_mapping: int64: block · block_size + row for each token. Where it is negative or beyond the cache, and for
-            tokens behind its end, no row is written (all else is computed for them): padding, as under a CUDA graph.
-            None or empty: nothing is written. A slot beyond the cache raises ValueError where values are looked at (see
-            ``bounds``).
+        slot_mapping: int64: block · block_size + row for each token. Where it is negative (but see slots_from_end) or
+            beyond the cache, and for tokens behind its end, no row is written (all else is computed for them): padding,
+            as under a CUDA graph. None or empty: nothing is written. A slot beyond the cache raises ValueError where
+            values are looked at (see ``bounds``).
         k_cache, v_cache: [blocks, block_size, KV, D], written in place; q's dtype, or float8_e4m3fn; strided any way
             but in the last dimension. So one op serves every layout: NHD is contiguous; HND is a permuted view of
             [blocks, KV, block_size, D]; and a static cache of transformers, [B, KV, P, D], is ``transpose(1, 2)`` of
@@ -86,6 +88,8 @@ class RopeKvCache(FusedOp):
         deinterleave: with is_neox False, neighbours are paired but come out as halves: of the R elements all even ones,
             then all odd ones, as NeoX has them. Both the results and what is cached. Hugging Face transformers'
             ``apply_rotary_pos_emb_interleave`` does so (models/deepseek_v3/modeling_deepseek_v3.py).
+        slots_from_end: negative slots count from the caches' end, as PyTorch's indices do: -1 is the last row. False:
+            they are of padded tokens.
 
     Returns: q [T, H, D] and k [T, KV, D], both contiguous.
     """
@@ -100,7 +104,7 @@ class RopeKvCache(FusedOp):
         "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin_cache, Tensor? slot_mapping, "
         "Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? q_scale, "
         "Tensor? q_weight, Tensor? k_weight, float eps, bool is_neox, bool return_k, "
-        'bool deinterleave=False, str plan="") -> (Tensor, Tensor)'
+        'bool deinterleave=False, bool slots_from_end=False, str plan="") -> (Tensor, Tensor)'
     )
     mutates = (K_CACHE, V_CACHE)
     shared = (POSITIONS, TABLE, SLOTS)
@@ -117,7 +121,7 @@ class RopeKvCache(FusedOp):
     def _computed(self, args: Sequence[Any], kept: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The op, of whose cache rows only those of the tokens ``kept`` are written, or all."""
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:SLOTS_FROM_END]
         tokens = positions.shape[0]
         q, k = q[:tokens], k[:tokens]
         if q_weight is not None:
@@ -130,7 +134,7 @@ class RopeKvCache(FusedOp):
                 rows = rows[: slots.shape[0]][chosen]
                 if cache.dtype != rows.dtype:
                     rows = scaled_to_fp8(rows, _for_heads(scale))
-                write_rows(cache, slots[:tokens][chosen], rows)
+                write_rows(cache, _slots(args)[chosen], rows)
         return (
             (q if q_scale is None else scaled_to_fp8(q, q_scale)).contiguous(),
             k.contiguous() if return_k else k.new_empty((0, *k.shape[1:])),
@@ -138,7 +142,7 @@ class RopeKvCache(FusedOp):
 
     def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, positions, table, slots, k_cache, v_cache, k_scale, v_scale, q_scale, *_ = args
-        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:]
+        q_weight, k_weight, eps, is_neox, return_k, deinterleave = args[Q_WEIGHT:SLOTS_FROM_END]
         tokens, dtype = positions.shape[0], q.dtype
         cos, sin = table.double()[positions][:, None].chunk(2, dim=-1)
 
@@ -163,7 +167,7 @@ class RopeKvCache(FusedOp):
                 kept = _in_cache(args)
                 rows = rows[: slots.shape[0]][kept]
                 rows = rows if cache.dtype == dtype else scaled(rows, _for_heads(scale))
-                write_rows(expected, slots[:tokens][kept], rows)
+                write_rows(expected, _slots(args)[kept], rows)
             results.append(expected)
         return tuple(results)
 
@@ -245,6 +249,9 @@ class RopeKvCache(FusedOp):
         return problem
 
     def model_problems(self, model: Mapping[str, Any], dtype: str) -> Sequence[Problem]:
+        """First with a cache that is written in place, paged or transformers' StaticCache, from which attention reads
+        the keys; then with one that grows, or none: the keys are returned.
+        """
         heads = model.get("num_attention_heads")
         width = model.get("head_dim") or (heads and model.get("hidden_size") and model["hidden_size"] // heads)
         if model.get("kv_lora_rank") or not (heads and width):
@@ -260,16 +267,17 @@ class RopeKvCache(FusedOp):
                 rope_dim=int(width * partial),
                 neox=model.get("model_type") not in _GPTJ_STYLE,
                 table=dtype,
-                cache="auto",
+                cache=cache,
                 qk_norm=model.get("model_type") in _QK_NORMED,
                 q_fp8=False,
-                return_k=False,
+                return_k=cache == "none",
             )
+            for cache in ("auto", "none")
         ]
 
     def problem_of(self, *args: Any) -> Problem:
         q, k, v, positions, table, slots, k_cache, v_cache, _, _, q_scale, q_weight, k_weight, _, *flags = args
-        is_neox, return_k, deinterleave = flags
+        is_neox, return_k, deinterleave, _ = flags
         for name, tensor, shape in (
             ("q", q, "[T, H, D]"),
             ("k", k, "[T, KV, D]"),
@@ -397,6 +405,7 @@ class RopeKvCache(FusedOp):
             bool(problem["neox"]),
             bool(problem["return_k"]),
             deinterleaves(problem),
+            False,
         )
 
     def check_args(
@@ -429,7 +438,9 @@ class RopeKvCache(FusedOp):
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
             slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)
             slots = slots[: max(tokens - drawn(0, tokens // 3), 1)]
-            slots[1::3] = -1
+            args[SLOTS_FROM_END] = bool(drawn(0, 1))
+            slots[1::3] = slots[1::3] - blocks * size if args[SLOTS_FROM_END] else -1
+            slots[4::9] = -1 - blocks * size  # before the first
             slots[2::7] = blocks * size + drawn(0, size)  # in what lies behind the cache
             slots[3::11] += 1 << 32  # in the cache again for a kernel that takes 32 bits
             args[SLOTS] = slots
@@ -510,9 +521,15 @@ def _writes(args: Sequence[Any]) -> bool:
     return slots is not None and slots.numel() > 0 and any(cache is not None and cache.numel() > 0 for cache in caches)
 
 
+def _slots(args: Sequence[Any]) -> torch.Tensor:
+    """Of the tokens that have one, counted from the beginning; negative ones that are padded stay so."""
+    slots = args[SLOTS][: args[POSITIONS].shape[0]]
+    return counted_from_start(slots, args[K_CACHE]) if args[SLOTS_FROM_END] else slots
+
+
 def _in_cache(args: Sequence[Any]) -> torch.Tensor:
     """For each token that has a slot whether that is one of the cache's."""
-    slots, (blocks, size, *_) = args[SLOTS][: args[POSITIONS].shape[0]], args[K_CACHE].shape
+    slots, (blocks, size, *_) = _slots(args), args[K_CACHE].shape
     return (slots >= 0) & (slots < blocks * size)
 
 

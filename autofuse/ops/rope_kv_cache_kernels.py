@@ -27,6 +27,7 @@ __all__ = [
     "Q_WEIGHT",
     "RETURN_K",
     "SLOTS",
+    "SLOTS_FROM_END",
     "TABLE",
     "V_CACHE",
     "V_SCALE",
@@ -49,7 +50,7 @@ _WARP = 32
 
 # Arguments, by their place in the schema.
 Q, K, V, POSITIONS, TABLE, SLOTS, K_CACHE, V_CACHE, K_SCALE, V_SCALE = range(10)
-Q_SCALE, Q_WEIGHT, K_WEIGHT, EPS, NEOX, RETURN_K, DEINTERLEAVE = range(10, 17)
+Q_SCALE, Q_WEIGHT, K_WEIGHT, EPS, NEOX, RETURN_K, DEINTERLEAVE, SLOTS_FROM_END = range(10, 18)
 
 
 def element_bytes(problem: Problem) -> int:
@@ -260,8 +261,9 @@ def binding(problem: Problem) -> Binding:
             Field(FieldKind.SIZE, SLOTS, 0) if cached else Field(FieldKind.TOKENS),
             Field(FieldKind.SIZE, TABLE, 0),
             Field(FieldKind.FLOAT, EPS),
+            Field(FieldKind.FLAG, SLOTS_FROM_END),
         ),
-        params_format="P" * 11 + "q" * 7 + "PPqqqii" * 2 + "iiif",
+        params_format="P" * 11 + "q" * 7 + "PPqqqii" * 2 + "iiifi",
         results=(
             Result(E4M3 if problem["q_fp8"] else dtype, (None, heads, width)),
             Result(dtype, (None if problem["return_k"] else 0, kv_heads, width)),

@@ -1,115 +1,194 @@
 """Fused operators that find a layer's cache by its name, as vLLM's own do, and then call the op that has a kernel.
 
-They are no ``FusedOp``: they have no problem, no search space and no kernel of their own.
+They are no ``FusedOp``: they have no problem, no search space and no kernel of their own. Their arguments are those of
+the op that they call, but for what the layer has.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from autofuse.ops import get_op
-from autofuse.runtime.vllm_context import latent_cache, layer_name_type
+from autofuse.ops import FusedOp, get_op
+from autofuse.runtime.vllm_context import LeftToVllmError, head_caches, latent_cache, layer_name_type, layer_text
 
 __all__ = ["by_name_op", "define"]
 
-_NAME = "mla_rope_kv_cache_cat_by_name"
-_ARGUMENTS = (
-    "(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
-    "{layer} layer_name, str kv_cache_dtype, Tensor k_scale, bool is_neox, bool deinterleave, "
-    'str plan="") -> (Tensor, Tensor, Tensor)'
-)
+logger = logging.getLogger("autofuse.runtime")
+
 _KEY = "CompositeExplicitAutograd"
 
 
-def _run(
-    q_nope: torch.Tensor | None,
-    q_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    layer_name: Any,
-    kv_cache_dtype: str,
-    k_scale: torch.Tensor,
-    is_neox: bool,
-    deinterleave: bool,
-    plan: str = "",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mla_rope_kv_cache_cat`` on the cache of a layer, whose slots are those of the present forward pass.
+@dataclass(frozen=True)
+class _LayerOp:
+    """How an op is called with a layer's name.
 
-    Arguments: as of ``mla_rope_kv_cache_cat`` and ``vllm::unified_mla_kv_cache_update``. Where a kernel must not write
-    the layer's cache (see ``latent_cache``), vLLM's operator is called in its place, which skips what is to be skipped.
+    It returns the op's results, and the empty tensor by which vLLM lets attention wait for the write. Where a kernel
+    must not write the layer's cache (see ``vllm_context``) the op's reference computes the results, without a cache,
+    and vLLM's operator is called with them, which skips what is to be skipped.
 
-    Returns: the query, rotated k_pe, and the empty tensor by which vLLM lets attention wait for the update.
+    Attributes:
+        op: the op's name.
+        found: those of its arguments that the layer has, one after the other in its schema.
+        named: what stands for them in a call, as a schema has it; ``{layer}`` is the type of layers' names.
+        find: arguments by name → ``found`` by name, None left out. Raises LeftToVllmError.
+        unfused: arguments that are others where vLLM writes.
+        ask: (arguments by name, results): calls vLLM's operator.
     """
-    kv_cache, slots = latent_cache(layer_name, kv_cache_dtype, q_pe.dtype)
-    scale = k_scale if kv_cache is not None and kv_cache.dtype == torch.float8_e4m3fn else None
-    rotated_by = (positions, cos_sin_cache)
-    query, rotated = torch.ops.autofuse.mla_rope_kv_cache_cat(
-        *(q_nope, q_pe, kv_c, k_pe, *rotated_by, slots, kv_cache, None, scale, None, is_neox, deinterleave, plan)
-    )
-    if kv_cache is None:
-        torch.ops.vllm.unified_mla_kv_cache_update(kv_c, rotated.unsqueeze(1), layer_name, kv_cache_dtype, k_scale)
-    return query, rotated, kv_c.new_empty(0)
+
+    op: str
+    found: tuple[str, ...]
+    named: str
+    find: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    unfused: Mapping[str, Any]
+    ask: Callable[[Mapping[str, Any], Sequence[torch.Tensor]], None]
+    _warned: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}_by_name"
+
+    def schema(self, layer: str) -> str:
+        """Without the name, for layers' names of this type."""
+        arguments, results = self._fused.schema[1:].split(") -> (")
+        own = arguments.split(", ")
+        first = next(place for place, each in enumerate(own) if _name_of(each) == self.found[0])
+        own[first : first + len(self.found)] = [self.named.format(layer=layer)]
+        return f"({', '.join(own)}) -> ({results[:-1]}, Tensor)"
+
+    def run(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        given = self._by_name(args)
+        try:
+            results = self._call(*self._arguments({**given, **self.find(given)}))
+        except LeftToVllmError as left:
+            self._warn(given["layer_name"], str(left))
+            results = self._fused.reference(*self._arguments({**given, **self.unfused})[:-1])
+            self.ask(given, results)
+        return (*results, results[1].new_empty(0))
+
+    def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        results = self._fused.fake(*self._arguments(self._by_name(args))[:-1])
+        return (*results, results[1].new_empty(0))
+
+    @cached_property
+    def _fused(self) -> FusedOp:
+        return get_op(self.op)
+
+    @cached_property
+    def _call(self) -> Any:
+        return getattr(torch.ops.autofuse, self.op).default
+
+    @cached_property
+    def _own_names(self) -> tuple[str, ...]:
+        return tuple(argument.name for argument in torch._C.parse_schema(self.name + self.schema("str")).arguments)
+
+    @cached_property
+    def _defaults(self) -> Mapping[str, Any]:
+        arguments = torch._C.parse_schema(self.op + self._fused.schema).arguments
+        return {argument.name: argument.default_value for argument in arguments}
+
+    def _by_name(self, args: Sequence[Any]) -> dict[str, Any]:
+        """PyTorch leaves out trailing arguments that are defaults."""
+        return dict(zip(self._own_names, args, strict=False))
+
+    def _arguments(self, values: Mapping[str, Any]) -> list[Any]:
+        """The op's, the plan included."""
+        return [values.get(name, default) for name, default in self._defaults.items()]
+
+    def _warn(self, layer: Any, why: str) -> None:
+        """Once for each reason."""
+        if why and why not in self._warned:
+            self._warned.add(why)
+            logger.warning("%s leaves the cache of %s to vLLM: %s", self.op, layer_text(layer), why)
 
 
-def _fake(
-    q_nope: torch.Tensor | None,
-    q_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    layer_name: Any,
-    kv_cache_dtype: str,
-    k_scale: torch.Tensor,
-    is_neox: bool,
-    deinterleave: bool,
-    plan: str = "",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, rotated = get_op("mla_rope_kv_cache_cat").fake(
-        *(q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, None, None, None, None, None, is_neox, deinterleave)
+def _name_of(argument: str) -> str:
+    """Of ``Tensor(a!)? k_cache``, ``k_cache``."""
+    return argument.split(" ")[-1].partition("=")[0]
+
+
+# ---- the ops --------------------------------------------------------------------------------------------------------
+
+
+def _find_latent(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return latent_cache(given["layer_name"], given["kv_cache_dtype"], given["k_scale"], given["q_pe"].dtype)
+
+
+def _write_latent(given: Mapping[str, Any], results: Sequence[torch.Tensor]) -> None:
+    own = (given[name] for name in ("layer_name", "kv_cache_dtype", "k_scale"))
+    torch.ops.vllm.unified_mla_kv_cache_update(given["kv_c"], results[1].unsqueeze(1), *own)
+
+
+def _find_heads(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return head_caches(given["layer_name"], given["k"])
+
+
+def _write_heads(given: Mapping[str, Any], results: Sequence[torch.Tensor]) -> None:
+    torch.ops.vllm.unified_kv_cache_update(results[1], given["v"], given["layer_name"])
+
+
+_OPS = {
+    each.op: each
+    for each in (
+        _LayerOp(
+            op="mla_rope_kv_cache_cat",
+            found=("slot_mapping", "kv_cache", "k_pe_cache", "kv_scale"),
+            named="{layer} layer_name, str kv_cache_dtype, Tensor k_scale",
+            find=_find_latent,
+            unfused={},
+            ask=_write_latent,
+        ),
+        _LayerOp(
+            op="rope_kv_cache",
+            found=("slot_mapping", "k_cache", "v_cache", "k_scale", "v_scale"),
+            named="{layer} layer_name",
+            find=_find_heads,
+            unfused={"return_k": True},
+            ask=_write_heads,
+        ),
     )
-    return query, rotated, kv_c.new_empty(0)
+}
+
+
+# ---- as PyTorch knows them ------------------------------------------------------------------------------------------
 
 
 class _Definitions:
-    """Our operators as PyTorch knows them."""
-
     def __init__(self) -> None:
         self._library = torch.library.Library("autofuse", "FRAGMENT")
+        self._defined: dict[tuple[str, str], Any] = {}
 
-    def define(self, overload: str, layer: str) -> None:
-        name = f"{_NAME}.{overload}" if overload else _NAME
-        self._library.define(name + _ARGUMENTS.format(layer=layer), tags=(torch.Tag.pt2_compliant_tag,))
-        self._library.impl(name, _run, _KEY)
-        torch.library.register_fake(f"autofuse::{name}", _fake, lib=self._library)
+    def get(self, op: _LayerOp, layer: str) -> Any:
+        """The operator for names of a type, which is defined when it is first asked for."""
+        if (op.name, layer) not in self._defined:
+            overload = "default" if layer == "str" else "layer"
+            name = op.name if layer == "str" else f"{op.name}.{overload}"
+            self._library.define(name + op.schema(layer), tags=(torch.Tag.pt2_compliant_tag,))
+            self._library.impl(name, op.run, _KEY)
+            torch.library.register_fake(f"autofuse::{name}", op.fake, lib=self._library)
+            self._defined[op.name, layer] = getattr(getattr(torch.ops.autofuse, op.name), overload)
+        return self._defined[op.name, layer]
 
 
 _definitions = _Definitions()
 
 
 def define() -> None:
-    """Defines the operators for names that are strings. Called once, when autofuse is imported."""
-    _definitions.define("", "str")
+    """Defines the operators, for names that are strings and for those of the type that vLLM's operators take.
 
-
-def by_name_op() -> Any:
-    """``mla_rope_kv_cache_cat_by_name`` for names of the type that vLLM's operators take.
-
-    Called before a graph is compiled, or taken from Inductor's cache: from PyTorch 2.11 on vLLM's names are of a class
-    that it registers with PyTorch, of which no schema can be written before that.
+    Called when autofuse is imported, and before a graph is compiled or taken from Inductor's cache: from PyTorch 2.11
+    on vLLM's names are of a class that it registers with PyTorch, of which no schema can be written before that.
     """
-    return _overload(layer_name_type())
+    for op in _OPS.values():
+        _definitions.get(op, "str")
+        by_name_op(op.op)
 
 
-@cache
-def _overload(layer: str) -> Any:
-    packet = torch.ops.autofuse.mla_rope_kv_cache_cat_by_name
-    if layer == "str":
-        return packet.default
-    _definitions.define("layer", layer)
-    return packet.layer
+def by_name_op(op: str) -> Any:
+    """The operator that calls ``op`` on a layer's cache, for names of the type that vLLM's operators take."""
+    return _definitions.get(_OPS[op], layer_name_type())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.ops.binding import ROWS
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.measure import Ring, activations, interleave, runner
+from autofuse.tuner.measure import Ring, interleave, runner
 
 __all__ = ["Chain", "chain_times", "launched_plainly"]
 
@@ -35,7 +36,7 @@ class Chain:
         self.problem, self.tokens, self.device, self.links = problem, tokens, device, links
         generator = torch.Generator(device).manual_seed(seed)
         self.args = self.op.example_args(problem, tokens, device, generator)
-        self._inputs = [base.view(tokens, -1) for base in activations(self.op, problem, self.args)]
+        self._inputs = self._activations()
         dtype = self._inputs[0].dtype
         result = self.op.reference(*self.args)[0]
         self._columns = min(result[:tokens].flatten(1).shape[1], MOST_COLUMNS)
@@ -63,6 +64,16 @@ class Chain:
                 activations = results[0][: self.tokens].flatten(1)[:, : self._columns].to(self.start.dtype)
         return [*results, *(self.args[i] for i in self.op.mutates if isinstance(self.args[i], torch.Tensor))]
 
+    def _activations(self) -> list[torch.Tensor]:
+        """Where the op reads its floating-point activations, as [T, columns]: memory to write them into."""
+        bases: dict[int, torch.Tensor] = {}
+        for tensor in self.op.binding(self.problem).tensors:
+            arg = self.args[tensor.index]
+            if {None, ROWS} & set(tensor.sizes or ()) and arg.is_floating_point():
+                base: Any = arg if arg._base is None else arg._base
+                bases[base.data_ptr()] = base.view(self.tokens, -1)
+        return list(bases.values())
+
 
 def launched_plainly(op: FusedOp, problem: Problem, config: Config) -> Config:
     """``config`` without programmatic launch and whatever needs that: with the fewest changes that the space allows.
@@ -81,22 +92,23 @@ def launched_plainly(op: FusedOp, problem: Problem, config: Config) -> Config:
     raise ValueError(f"{op.name} has no config without programmatic launch for {problem}")
 
 
-def chain_times(
-    problem: Problem, tokens: int, configs: Mapping[str, Config], device: torch.device, effort: Effort
-) -> dict[str, Any]:
-    """Device time in µs of one call of the op in a chain, for each of some configs: the chain's less that of its
-    products alone, ÷ the calls.
+def chain_times(problem: Problem, tokens: int, config: Config, device: torch.device, effort: Effort) -> dict[str, Any]:
+    """Device time in µs of one call of the op in a chain: the chain's less that of its products alone, ÷ the calls;
+    with ``config``, and with it launched plainly.
     """
-    chain, ring = Chain(problem, tokens, device), Ring.of([()], device)
-    variants: dict[str, Config | None] = {"gemm": None, **configs}
+    chain = Chain(problem, tokens, device)
+    plain = launched_plainly(chain.op, problem, config)
+    variants = {"gemm": None, "plain": plain, "pdl": config}
+    ring = Ring.of([()], device)
     with torch.no_grad():
         prepared = [
             runner(lambda variant=variant: chain.run(variant), ring, device, effort) for variant in variants.values()
         ]
         gemm, *others = (timing.median_us for timing in interleave(prepared, effort.final_rounds))
-    times = {name: (time_us - gemm) / chain.links for name, time_us in zip(configs, others, strict=True)}
+    times = {name: (time_us - gemm) / chain.links for name, time_us in zip(["plain", "pdl"], others, strict=True)}
     return {
         "us": {**times, "gemm": gemm / chain.links},
-        "configs": {name: str(config) for name, config in configs.items()},
+        "plain_config": str(plain),
+        "config": str(config),
         "links": chain.links,
     }

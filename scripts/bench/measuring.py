@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import statistics
 import time
@@ -19,6 +20,7 @@ from autofuse.targets import target_of
 from autofuse.tuner.baselines import baseline_calls, compiled_reference
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.measure import Ring, example_ring, gain, interleave, runner
+from bench.tables import LARGE_TOKENS
 
 __all__ = ["bandwidth", "free_memory", "measured_row"]
 
@@ -52,6 +54,8 @@ def measured_row(
     calls = {"ours": _ours(op, plan), **baseline_calls(op, ring.sets[0])}
     if compile_plus:
         calls |= _tuned_compile(op, ring, device)
+    if tokens >= LARGE_TOKENS:
+        calls |= _copies(op.bytes_moved(problem, tokens), len(ring.sets), device)
     compiled = time.perf_counter()
     prepared = [runner(call, ring, device, effort) for call in calls.values()]
     timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
@@ -59,6 +63,9 @@ def measured_row(
     variants = [times.pop(name) for name in list(times) if name.startswith("compile+ ")]
     if variants:
         times["compile+"] = min(variants)
+    copies = [times.pop(name) for name in list(times) if name.startswith("copy ")]
+    if copies:
+        times["copy"] = min(copies)
     moved = op.bytes_moved(problem, tokens)
     times["floor"] = moved / bytes_per_us
     better = min((kind for kind in BASELINE_KINDS if kind in times), key=lambda kind: times[kind])
@@ -101,6 +108,22 @@ def _tuned_compile(op: FusedOp, ring: Ring, device: torch.device) -> dict[str, C
         except Exception as error:  # whatever Inductor or Triton raises: a column less, not a row
             logger.warning("%s: torch.compile fails with %s: %s", op.name, options, error)
     return calls
+
+
+def _copies(moved: int, sets: int, device: torch.device) -> dict[str, Call]:
+    """What moves as many bytes and does nothing else, over memory that rotates as the inputs do: two kernels."""
+    pairs = [tuple(torch.ones(moved // 8, device=device) for _ in range(2)) for _ in range(sets)]
+    turn = itertools.cycle(pairs)
+
+    def negated(*args: Any) -> None:
+        source, target = next(turn)
+        torch.neg(source, out=target)
+
+    def copied(*args: Any) -> None:
+        source, target = next(turn)
+        target.copy_(source)
+
+    return {"copy neg": negated, "copy copy_": copied}
 
 
 def _error(op: FusedOp, problem: Problem, call: Call, args: tuple[Any, ...]) -> float:

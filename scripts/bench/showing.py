@@ -92,8 +92,11 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         f"{each['ratio'] - 1:+.1%}"
         for each in found["missed"]
     ]
-    shares = [f"{each['table']} T={each['tokens']} {each['share']:.0%}" for each in found["bandwidth_share_from_8192"]]
-    return [*lines, *([f"of the bandwidth of a copy from T=8192 on: {', '.join(shares)}"] if shares else [])]
+    large = found["bandwidth_share_from_8192"]
+    for key, what in (("share", "1 GiB"), ("of_copy", "as many bytes")):
+        shares = [f"{each['table']} T={each['tokens']} {each[key]:.0%}" for each in large if each[key]]
+        lines += [f"of the bandwidth of a copy of {what}, from T=8192 on: {', '.join(shares)}"] if shares else []
+    return lines
 
 
 def markdown(tables: Sequence[Table], results: Results) -> str:

@@ -59,7 +59,9 @@ class Table:
         times, key = row["us"], str(tokens)
         peers = {name: times[name] for name in COMPILED if name in times}
         peers |= {name: column[key] for name, column in self.peers.items() if key in column}
-        return Verdict(self.name, tokens, times["ours"], times["floor"], peers, self.to_reach.get(key))
+        return Verdict(
+            self.name, tokens, times["ours"], times["floor"], peers, self.to_reach.get(key), times.get("copy")
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Verdict:
     Attributes:
         peers: name → µs of everything that computes the same, without eager.
         to_reach_us: None where nothing is aimed at.
+        copy_us: of what moves as many bytes and does nothing else; None where it was not measured.
     """
 
     table: str
@@ -77,6 +80,7 @@ class Verdict:
     floor_us: float
     peers: Mapping[str, float]
     to_reach_us: float | None
+    copy_us: float | None = None
 
     @property
     def best_peer(self) -> str | None:
@@ -89,8 +93,13 @@ class Verdict:
 
     @property
     def bandwidth_share(self) -> float:
-        """Of the bandwidth of a copy: floor ÷ ours."""
+        """Of the bandwidth of a long copy: floor ÷ ours."""
         return self.floor_us / self.ours_us
+
+    @property
+    def copy_share(self) -> float | None:
+        """Of the bandwidth of a copy of as many bytes, launched as the op is."""
+        return self.copy_us / self.ours_us if self.copy_us else None
 
     @property
     def miss(self) -> float | None:
@@ -214,7 +223,12 @@ def summary(tables: Sequence[Table], results: Results) -> dict[str, Any]:
         "geometric_mean_lead_up_to_256": statistics.geometric_mean(leads) if leads else None,
         "least_lead_up_to_256": min(leads, default=None),
         "bandwidth_share_from_8192": [
-            {"table": verdict.table, "tokens": verdict.tokens, "share": verdict.bandwidth_share}
+            {
+                "table": verdict.table,
+                "tokens": verdict.tokens,
+                "share": verdict.bandwidth_share,
+                "of_copy": verdict.copy_share,
+            }
             for verdict in verdicts
             if verdict.tokens >= LARGE_TOKENS
         ],

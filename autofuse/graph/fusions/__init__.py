@@ -6,6 +6,7 @@ from autofuse.graph.fusions.attn_quant import AttnQuant
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.fusions.layer_attn_quant import LayerAttnQuant
 from autofuse.graph.fusions.layer_mla_rope import LayerMlaRope
+from autofuse.graph.fusions.layer_rope_kv_cache import LayerRopeKvCache
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
 from autofuse.graph.fusions.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
 from autofuse.graph.fusions.norm_quant import MlaDualNormQuant, NormQuant
@@ -22,6 +23,7 @@ FUSIONS: tuple[Fusion, ...] = (
     RopeKvCache(),
     MlaRopeKvCacheCat(),
     LayerMlaRope(),
+    LayerRopeKvCache(),
     AttnQuant(),
     LayerAttnQuant(),
 )

@@ -30,7 +30,7 @@ from autofuse.graph.rewrite import Replacement
 from autofuse.runtime.layer_ops import by_name_op
 from autofuse.runtime.vllm_context import cache_kind
 
-__all__ = ["LayerMlaRope", "LayerMlaRopeSite"]
+__all__ = ["LayerMlaRope", "LayerMlaRopeSite", "check_no_other_layer_call", "viewed_read"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class LayerMlaRope(MlaRopeKvCacheCat):
             "layer_name": update.layer_name,
             "kv_cache_dtype": update.kv_cache_dtype,
             "k_scale": update.k_scale,
+            "q_scale": None,
             "is_neox": site.pair.q.is_neox,
             "deinterleave": site.pair.q.reordered,
             "plan": plan,
         }
-        op = by_name_op()
+        op = by_name_op(self.op)
         fused = new.call(op, *(arguments[argument.name] for argument in op._schema.arguments))
         query, rotated, done = (new.getitem(fused, index) for index in range(3))
         return query, rotated, [(update.output, done)]
@@ -94,14 +95,15 @@ class LayerMlaRope(MlaRopeKvCacheCat):
 def _update_of(pair: RopePair, updates: list[LatentUpdateBlock]) -> LatentUpdateBlock | None:
     """The write of the rotated key, if there is just one."""
     reads = {read.node for read in pair.k.reads}
-    mine = [update for update in updates if _viewed(update.k_pe, reads)]
+    mine = [update for update in updates if viewed_read(update.k_pe, reads) is not None]
     return mine[0] if len(mine) == 1 else None
 
 
-def _viewed(node: Node, reads: set[Node]) -> bool:
+def viewed_read(node: Node, reads: set[Node]) -> Node | None:
+    """Which of ``reads`` has the elements of ``node`` in their order."""
     while node not in reads and keeps_order(node):
         node = node.args[0]  # type: ignore[assignment]
-    return node in reads
+    return node if node in reads else None
 
 
 def _site(pair: RopePair, update: LatentUpdateBlock) -> LayerMlaRopeSite:
@@ -113,18 +115,18 @@ def _site(pair: RopePair, update: LatentUpdateBlock) -> LayerMlaRopeSite:
     try:
         site = _with_latent(site)
         check_site(site)
-        _check_no_other_layer_call(site)
+        check_no_other_layer_call(site.first, update.output)
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site
 
 
-def _check_no_other_layer_call(site: LayerMlaRopeSite) -> None:
+def check_no_other_layer_call(first: Node, update: Node) -> None:
     """The write moves up to the first rotation. What it passes may be an operator that reads the same cache, which no
     argument tells. Raises RefusedError.
     """
-    node = site.first
-    while node is not site.latent.output:
+    node = first
+    while node is not update:
         name = operator_name(node)
         if name is not None and name.startswith("vllm::"):
             raise RefusedError(f"{node} ({name}) comes before the update, and may find the same layer")

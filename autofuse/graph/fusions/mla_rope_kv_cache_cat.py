@@ -149,16 +149,18 @@ class MlaRopeKvCacheCat(Fusion):
     ) -> tuple[Node, Node, list[tuple[Node, Node]]]:
         """The fused op: (the query; rotated k_pe; whatever else it replaces, and by what)."""
         latent = _caches(site.pair)[0]
+        slots, from_end = (None, False) if latent is None else slots_of(shared, latent.slots, latent)
         fused, caches = call_writing(
             new,
             torch.ops.autofuse.mla_rope_kv_cache_cat.default,
             {
                 **activations(new, shared, site),
-                "slot_mapping": None if latent is None else slots_of(shared, latent.slots, latent),
+                "slot_mapping": slots,
                 "kv_scale": scale_of(latent, site.pair.q.dtype),
                 "q_scale": None,
                 "is_neox": site.pair.q.is_neox,
                 "deinterleave": site.pair.q.reordered,
+                "slots_from_end": from_end,
                 "plan": plan,
             },
             site.caches,

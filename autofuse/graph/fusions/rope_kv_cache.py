@@ -45,7 +45,7 @@ from autofuse.graph.recognise.nodes import is_call, keeps_order, product, same_s
 from autofuse.graph.rewrite import Replacement
 from autofuse.graph.rows import is_stored
 
-__all__ = ["RopeKvCache", "RopeKvCacheSite"]
+__all__ = ["RopeKvCache", "RopeKvCacheSite", "activations", "check_site", "site_of"]
 
 aten = torch.ops.aten
 
@@ -72,7 +72,17 @@ class RopeKvCacheSite(Site):
 
     @property
     def first(self) -> Node:
-        return min(_results(self))
+        return min(self.results)
+
+    @property
+    def results(self) -> list[Node]:
+        """What it computes for others."""
+        return [node for block in (self.pair.q, self.pair.k, *self.pair.writes) for node in block.outputs]
+
+    @property
+    def returns_key(self) -> bool:
+        """Whether anybody but the write reads the rotated key."""
+        return returns_key(self.pair)
 
     @property
     def caches(self) -> list[CacheArgument]:
@@ -108,7 +118,7 @@ class RopeKvCache(Fusion):
 
     def match(self, found: Found) -> list[Site]:
         norms = {norm.output: norm for norm in found.rms_norms()}
-        return [_site(pair, norms) for pair in found.once(pair_ropes)[0] if not is_latent(pair)]
+        return [site_of(pair, norms) for pair in found.once(pair_ropes)[0] if not is_latent(pair)]
 
     def near_misses(self, found: Found) -> list[NearMiss]:
         return found.once(pair_ropes)[1]
@@ -119,49 +129,68 @@ class RopeKvCache(Fusion):
         assert q is not None
         assert k is not None
         first = site.first
-        hoist = check_order(pair, _results(site), site.needed, site.nodes)
+        hoist = check_order(pair, site.results, site.needed, site.nodes)
         spared, new = (Replacement(graph, before=first, like=pair.q.output) for _ in range(2))
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
             kept = [each for rope in (pair.q, pair.k) for each in replace_spared(spared, rope)]
-            fused_k = k.build(new.call, k.rows.node)
-            slots = slots_of(shared, pair.key_write.slots, pair.key_write) if pair.key_write is not None else None
-            fused, caches = call_writing(
-                new,
-                torch.ops.autofuse.rope_kv_cache.default,
-                {
-                    "q": q.build(new.call, q.rows.node),
-                    "k": fused_k,
-                    "v": fused_k if site.v is None else site.v.build(new.call, site.v.rows.node),
-                    "positions": head_positions(shared, pair.q.angles, q),
-                    "cos_sin_cache": table_of(shared, pair.q.angles),
-                    "slot_mapping": slots,
-                    "k_scale": scale_of(pair.key_write, pair.q.dtype),
-                    "v_scale": scale_of(pair.value_write, pair.q.dtype),
-                    "q_scale": None,
-                    "q_weight": site.norms[0].weight if site.norms else None,
-                    "k_weight": site.norms[1].weight if site.norms else None,
-                    "eps": site.norms[0].eps if site.norms else 0.0,
-                    "is_neox": pair.q.is_neox,
-                    "return_k": returns_key(pair),
-                    "deinterleave": pair.q.reordered,
-                    "plan": plan,
-                },
-                site.caches,
-            )
+            fused, others = self.call(new, shared, site, plan)
             results = [
                 *replace_rope(new, pair.q, q, new.getitem(fused, 0)),
-                *(replace_rope(new, pair.k, k, new.getitem(fused, 1)) if returns_key(pair) else []),
+                *(replace_rope(new, pair.k, k, new.getitem(fused, 1)) if site.returns_key else []),
                 *kept,
-                *((cache.write.output, caches[cache.root]) for cache in site.caches),
+                *others,
             ]
             hoist = shared.with_later(hoist)
         new.hoist(hoist)
         new.redirect(results)
         new.erase(site.nodes)
 
+    def call(
+        self, new: Replacement, shared: SharedValues, site: RopeKvCacheSite, plan: str
+    ) -> tuple[Node, list[tuple[Node, Node]]]:
+        """(the fused op; what it replaces beside the rotations, and by what)"""
+        pair, write = site.pair, site.pair.key_write
+        slots, from_end = (None, False) if write is None else slots_of(shared, write.slots, write)
+        fused, caches = call_writing(
+            new,
+            torch.ops.autofuse.rope_kv_cache.default,
+            {
+                **activations(new, shared, site),
+                "slot_mapping": slots,
+                "k_scale": scale_of(pair.key_write, pair.q.dtype),
+                "v_scale": scale_of(pair.value_write, pair.q.dtype),
+                "slots_from_end": from_end,
+                "plan": plan,
+            },
+            site.caches,
+        )
+        return fused, [(cache.write.output, caches[cache.root]) for cache in site.caches]
 
-def _site(pair: RopePair, norms: Mapping[Node, RMSNormBlock]) -> RopeKvCacheSite:
+
+def activations(new: Replacement, shared: SharedValues, site: RopeKvCacheSite) -> dict[str, Any]:
+    """The fused op's arguments, but for the caches and the plan."""
+    pair, q, k = site.pair, site.q, site.k
+    assert q is not None
+    assert k is not None
+    fused_k = k.build(new.call, k.rows.node)
+    return {
+        "q": q.build(new.call, q.rows.node),
+        "k": fused_k,
+        "v": fused_k if site.v is None else site.v.build(new.call, site.v.rows.node),
+        "positions": head_positions(shared, pair.q.angles, q),
+        "cos_sin_cache": table_of(shared, pair.q.angles),
+        "q_scale": None,
+        "q_weight": site.norms[0].weight if site.norms else None,
+        "k_weight": site.norms[1].weight if site.norms else None,
+        "eps": site.norms[0].eps if site.norms else 0.0,
+        "is_neox": pair.q.is_neox,
+        "return_k": site.returns_key,
+        "deinterleave": pair.q.reordered,
+    }
+
+
+def site_of(pair: RopePair, norms: Mapping[Node, RMSNormBlock]) -> RopeKvCacheSite:
     value = tensor(pair.q.input.node)
     assert value is not None
     refusal: str | None = None
@@ -190,7 +219,7 @@ def _site(pair: RopePair, norms: Mapping[Node, RMSNormBlock]) -> RopeKvCacheSite
     )
     if refusal is None:
         try:
-            _check(site)
+            check_site(site)
         except RefusedError as refused:
             return replace(site, refusal=str(refused))
     return site
@@ -259,7 +288,7 @@ def _normed(source: HeadSource, norms: Mapping[Node, RMSNormBlock]) -> tuple[RMS
     return norm, HeadSource(rows, source.frame, source.tokens_at, source.heads_at, source.width, (*reversed(views),))
 
 
-def _check(site: RopeKvCacheSite) -> None:
+def check_site(site: RopeKvCacheSite) -> None:
     """Raises RefusedError where the site must not be one call."""
     pair, q, k, v = site.pair, site.q, site.k, site.v
     assert q is not None
@@ -284,9 +313,4 @@ def _check(site: RopeKvCacheSite) -> None:
         if source is not None:
             source.fake()
     check_caches(pair.writes, site.first)
-    results = _results(site)
-    check_no_mutation({*results, *check_order(pair, results, site.needed, site.nodes)})
-
-
-def _results(site: RopeKvCacheSite) -> list[Node]:
-    return [node for block in (site.pair.q, site.pair.k, *site.pair.writes) for node in block.outputs]
+    check_no_mutation({*site.results, *check_order(pair, site.results, site.needed, site.nodes)})

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import CacheWriteBlock, Found, NearMiss, Slots
+from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.recognise.custom_ops import CustomCall, Layout, Written, custom_calls, layout_of
 from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, is_getitem, same_size, same_sizes, shape, tensor
 
@@ -24,7 +24,6 @@ aten = torch.ops.aten
 
 _CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8)
 _RESHAPES = (aten.reshape.default, aten.view.default)
-_BY_NAME = ("vllm::unified_kv_cache_update",)  # MLA's is recognised in layer_calls.py
 
 
 class _OffError(Exception):
@@ -46,9 +45,6 @@ def find_cache_writes(graph: Graph) -> Found:
         if block is not None:
             blocks.append(block)
     for call in custom_calls(graph):
-        if call.name in _BY_NAME:
-            why = f"{call.name} finds its cache by the layer's name when it runs: it is no tensor of the graph"
-            near_misses.append(NearMiss("KV-cache write", call.node, why))
         if call.name in _OPERATORS:
             try:
                 blocks += _OPERATORS[call.name](call)
@@ -280,10 +276,10 @@ def _layout(root: Node, path: Sequence[Node], order: Sequence[int | None], dims:
     """(the cache as [blocks, rows, heads, columns] in the storage of ``root``, whether that is ``root`` itself)"""
     value = tensor(root)
     assert value is not None
-    mode = detect_fake_mode([value])
-    if mode is None or mode.shape_env is None:
+    mode = fake_mode_of([value])
+    if mode is None:
         raise _OffError(f"{root} has no fake tensor")
-    with mode, mode.shape_env.suppress_guards():
+    with on_fakes(mode):
         view: Any = value
         for node in path:
             if is_getitem(node):

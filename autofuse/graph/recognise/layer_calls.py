@@ -1,4 +1,4 @@
-"""Finds calls of vLLM's operators that know their layer by its name: attention, and the update of MLA's cache."""
+"""Finds calls of vLLM's operators that know their layer by its name: attention, and the updates of its cache."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from autofuse.graph.blocks import AttentionBlock, Found, LatentUpdateBlock
+from autofuse.graph.blocks import AttentionBlock, Found, HeadsUpdateBlock, LatentUpdateBlock
 from autofuse.graph.recognise.custom_ops import CustomCall, Layout, custom_calls, made_for
 from autofuse.graph.recognise.nodes import concrete, product, same_size, shape
 
-__all__ = ["ATTENTION", "LATENT_UPDATE", "find_layer_calls"]
+__all__ = ["ATTENTION", "HEADS_UPDATE", "LATENT_UPDATE", "find_layer_calls"]
 
 ATTENTION = ("vllm::unified_attention_with_output", "vllm::unified_mla_attention_with_output")
+HEADS_UPDATE = "vllm::unified_kv_cache_update"
 LATENT_UPDATE = "vllm::unified_mla_kv_cache_update"
 
 
 def find_layer_calls(graph: Graph) -> Found:
     """All such calls in a post-grad graph; none of attention whose output is quantised already."""
-    blocks: list[AttentionBlock | LatentUpdateBlock] = []
+    blocks: list[AttentionBlock | HeadsUpdateBlock | LatentUpdateBlock] = []
     for call in custom_calls(graph):
         if call.name == LATENT_UPDATE:
             blocks.append(_latent_update(call))
+        elif call.name == HEADS_UPDATE:
+            args = call.args
+            blocks.append(HeadsUpdateBlock(call.node, (call.node,), args["key"], args["value"], args["layer_name"]))
         elif call.name in ATTENTION and (block := _attention(call)) is not None:
             blocks.append(block)
     return Found(tuple(blocks))

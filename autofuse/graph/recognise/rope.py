@@ -15,9 +15,10 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, Found, HeadRows, NearMiss, RopeBlock, RopeRead
-from autofuse.graph.recognise.columns import COLUMN, SIGN, SOURCE, Columns, Reading
+from autofuse.graph.recognise.columns import Columns
 from autofuse.graph.recognise.custom_ops import CustomCall, Written, custom_calls, layout_of
 from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, same_sizes, shape
+from autofuse.graph.recognise.readings import COLUMN, SIGN, SOURCE, Reading
 from autofuse.graph.recognise.rotation import (
     FLOATS,
     KEEP_ORDER,

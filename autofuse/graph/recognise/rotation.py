@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, NearMiss
-from autofuse.graph.recognise.columns import COLUMN, FACTOR, FACTOR_COLUMN, SIGN, SOURCE, Columns, Reading, Source
+from autofuse.graph.recognise.columns import Columns, Source
 from autofuse.graph.recognise.nodes import (
     cast_source,
     concrete,
@@ -26,6 +26,7 @@ from autofuse.graph.recognise.nodes import (
     shape,
     tensor,
 )
+from autofuse.graph.recognise.readings import COLUMN, FACTOR, FACTOR_COLUMN, SIGN, SOURCE, Reading
 
 __all__ = [
     "FLOATS",
