@@ -76,13 +76,13 @@ class _GuardedResult:
         self.tensor = inside.as_strided(like.shape, like.stride())
 
     def damage(self) -> str:
-        """Where the zones were written to, in bytes from the result; "" if nowhere."""
+        """Where the zones were written to, nearest to the result; "" if nowhere."""
         after = (self._buffer[-self._guard :] != self._fill).nonzero()
         if len(after):
-            return f"the first {int(after[0])} bytes after its end"
+            return f"{int(after[0])} bytes after its end"
         before = (self._buffer[: self._guard] != self._fill).nonzero()
         if len(before):
-            return f"the last {self._guard - int(before[-1])} bytes before its begin"
+            return f"{self._guard - int(before[-1])} bytes before its begin"
         return ""
 
 
