@@ -301,17 +301,6 @@ def test_a_time_that_cannot_be_is_a_failure(time_us: float, tiny: Effort, monkey
     assert winner.config != default
 
 
-def test_of_a_gain_rounds_without_a_time_above_zero_do_not_count(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
-    def off_once(prepared: Sequence[Runner], rounds: int, seed: int = 0) -> list[Timing]:
-        times = [Timing((2.0 + index,) * rounds) for index in range(len(prepared))]
-        return times if seed == 0 else [*times[:-1], Timing((-5.0,) + (1.0,) * (rounds - 1))]
-
-    monkeypatch.setattr(bench, "interleave", off_once)
-    with TunedDatabase() as database:
-        (winner,) = tune(database, tiny, norms())
-    assert (winner.time_us, winner.gain, winner.gain_low) == (1.0, 2.0, 2.0)
-
-
 def test_a_finalist_whose_time_cannot_be_loses_its_place(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(prepared: Sequence[Runner], rounds: int, seed: int = 0) -> list[Timing]:
         calls.append(len(prepared))

@@ -30,8 +30,8 @@ OUTCOMES = {
     "misaligned access": ("crashed", "misaligned address"),
     "trap": ("crashed", "."),  # drivers name it differently
     "endless loop": ("timed_out", r"it did not end within \d+ s"),
-    "write after a result": ("wrong", "bytes beside result 1 were written: the first 0 bytes after its end"),
-    "write before a result": ("wrong", "bytes beside result 0 were written: the last 4 bytes before its begin"),
+    "write after a result": ("wrong", "bytes beside result 1 were written: 0 bytes after its end"),
+    "write before a result": ("wrong", "bytes beside result 0 were written: 1 bytes before its begin"),
     "write after what it writes into": ("wrong", "bytes beside an input were written"),
     "last row unwritten": ("wrong", "result 0 is inf times the tolerance"),
     "NaN": ("wrong", "result 0 is inf times the tolerance"),

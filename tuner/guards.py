@@ -27,8 +27,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape are the same bit by bit, NaN included."""
+    if a.is_contiguous() and b.is_contiguous() and _is_words(a) and _is_words(b):
+        return torch.equal(a.view(-1).view(torch.int64), b.view(-1).view(torch.int64))  # it goes one by one on a CPU
     bits = _BITS[a.element_size()]
     return torch.equal(a.view(bits), b.view(bits))
+
+
+def _is_words(tensor: torch.Tensor) -> bool:
+    size = tensor.element_size()
+    return tensor.numel() * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
 
 
 class GuardedCall:
@@ -69,13 +76,13 @@ class _GuardedResult:
         self.tensor = inside.as_strided(like.shape, like.stride())
 
     def damage(self) -> str:
-        """Where the zones were written to, in bytes from the result; "" if nowhere."""
+        """Where the zones were written to, nearest to the result; "" if nowhere."""
         after = (self._buffer[-self._guard :] != self._fill).nonzero()
         if len(after):
-            return f"the first {int(after[0])} bytes after its end"
+            return f"{int(after[0])} bytes after its end"
         before = (self._buffer[: self._guard] != self._fill).nonzero()
         if len(before):
-            return f"the last {self._guard - int(before[-1])} bytes before its begin"
+            return f"{self._guard - int(before[-1])} bytes before its begin"
         return ""
 
 
@@ -112,7 +119,7 @@ class GuardedArgs:
 
     def check(self) -> None:
         """Raises WrongResult where anything is not as it was; then it is so again."""
-        changed = [key for key, buffer in self._buffers.items() if not torch.equal(buffer, self._copies[key])]
+        changed = [key for key, buffer in self._buffers.items() if not same_bits(buffer, self._copies[key])]
         if not changed:
             return
         said = "bytes beside an input were written"
@@ -140,7 +147,8 @@ def _with_zones(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor's whole storage as bytes, a zone before and after it."""
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     zone = _zone_bytes(tensor)
-    buffer = torch.full((2 * zone + storage.numel(),), _NAN_BYTE, dtype=torch.uint8, device=tensor.device)
+    size = -(-(2 * zone + storage.numel()) // 8) * 8  # in whole words: they compare faster
+    buffer = torch.full((size,), _NAN_BYTE, dtype=torch.uint8, device=tensor.device)
     buffer[zone : zone + storage.numel()] = storage
     return buffer
 
@@ -151,7 +159,7 @@ def _moved(arg: Any, buffers: dict[int, torch.Tensor]) -> Any:
         return arg
     storage = arg.untyped_storage()
     buffer = buffers[storage.data_ptr()]
-    zone = (buffer.numel() - storage.nbytes()) // 2
+    zone = (buffer.numel() - storage.nbytes()) // 2 // _ALIGNMENT * _ALIGNMENT
     whole_bytes = storage.nbytes() // arg.element_size() * arg.element_size()
     whole = buffer[zone : zone + whole_bytes].view(arg.dtype)
     return whole.as_strided(arg.shape, arg.stride(), whole.storage_offset() + arg.storage_offset())

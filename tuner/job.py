@@ -335,16 +335,12 @@ class _BucketTuning:
             timings = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
             for subject, timing in zip(subjects, timings, strict=True):
                 _check_times(subject, timing)
-            timings = _positive_rounds(timings)
-            if not timings[0].rounds_us:
-                continue
             again = _Final.of(dict(zip(kinds, timings, strict=False)), timings[-1])
             if final is None or again.interval < final.interval:
                 final = again
             if final.interval <= self._effort.steady_interval:
                 break
-        if final is None:
-            raise CandidateFailed(config, "wrong", "no round gave it and all baselines times above zero")
+        assert final is not None
         return final
 
     def _record(self, config: Config, final: _Final) -> Winner:
@@ -401,17 +397,10 @@ class _Final:
 
 
 def _check_times(subject: Subject, timing: Timing) -> None:
-    """Raises CandidateFailed for a time that no call can take. On a GPU it is a difference of two times, of which some
-    may be off so far that it is negative; but not the median.
-    """
-    if not all(map(math.isfinite, timing.rounds_us)) or not timing.median_us > 0:
-        raise CandidateFailed(subject, "wrong", f"a call cannot take {timing.median_us} µs")
-
-
-def _positive_rounds(timings: Sequence[Timing]) -> list[Timing]:
-    """Of paired rounds, those that gave everything a time above zero."""
-    rounds = [times for times in zip(*(timing.rounds_us for timing in timings), strict=True) if min(times) > 0]
-    return [Timing(tuple(times[index] for times in rounds)) for index in range(len(timings))]
+    """Raises CandidateFailed for a time that no call can take."""
+    for time_us in timing.rounds_us:
+        if not (math.isfinite(time_us) and time_us > 0):
+            raise CandidateFailed(subject, "wrong", f"a call cannot take {time_us} µs")
 
 
 def _autofuse_version() -> str:
