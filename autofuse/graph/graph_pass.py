@@ -133,9 +133,8 @@ class FusionPass(_AwarePass):
         unmatched: tuple[str, ...] = ()
         mode = None
         try:
-            mode = _fake_mode(graph)
+            found, mode = recognise(graph), _fake_mode(graph)
             with on_fakes(mode):
-                found = recognise(graph)
                 matched = [(fusion, site) for fusion in FUSIONS for site in fusion.match(found)]
             note = self._split_note()
             decided = without_overlaps([(fusion, site, decider.decide(fusion, site)) for fusion, site in matched])
