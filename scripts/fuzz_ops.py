@@ -180,7 +180,9 @@ def _without_rows_beyond(op: FusedOp, args: Sequence[Any]) -> tuple[Any, ...]:
     for bound in op.bounds:
         values, rows = changed[bound.index], changed[bound.of]
         if bound.padded and values is not None and rows is not None:
-            changed[bound.index] = values.masked_fill(values >= math.prod(rows.shape[: bound.dims]), -1)
+            count = math.prod(rows.shape[: bound.dims])
+            # No row's even where negative numbers count from the end.
+            changed[bound.index] = values.masked_fill(values >= count, -1 - count)
     return tuple(changed)
 
 

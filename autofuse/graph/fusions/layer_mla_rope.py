@@ -87,7 +87,8 @@ class LayerMlaRope(MlaRopeKvCacheCat):
             "plan": plan,
         }
         op = by_name_op(self.op)
-        fused = new.call(op, *(arguments[argument.name] for argument in op._schema.arguments))
+        given = (arguments.get(argument.name, argument.default_value) for argument in op._schema.arguments)
+        fused = new.call(op, *given)
         query, rotated, done = (new.getitem(fused, index) for index in range(3))
         return query, rotated, [(update.output, done)]
 

@@ -84,7 +84,8 @@ class LayerRopeKvCache(RopeKvCache):
         assert isinstance(site, LayerRopeKvCacheSite)
         arguments = {**activations(new, shared, site), "layer_name": site.write.layer_name, "plan": plan}
         op = by_name_op(self.op)
-        fused = new.call(op, *(arguments[argument.name] for argument in op._schema.arguments))
+        given = (arguments.get(argument.name, argument.default_value) for argument in op._schema.arguments)
+        fused = new.call(op, *given)
         return fused, [(site.write.output, new.getitem(fused, 2))]
 
 
