@@ -116,7 +116,8 @@ class RowRun:
         if done.winner is None:
             return {"error": "no config is right and runs"}
         try:
-            row = measured_row(done.winner, self.device, self.effort, bytes_per_us, self.compile_plus)
+            with torch.no_grad():  # as the baselines were compiled: else Dynamo does it again
+                row = measured_row(done.winner, self.device, self.effort, bytes_per_us, self.compile_plus)
         except Exception as error:  # whatever the op, Inductor or the GPU raises
             return {"error": f"{type(error).__name__}: {error}"}
         row["seconds"]["tune"] = tune_s
