@@ -9,6 +9,7 @@ import pytest
 import torch
 import vllm_standins  # noqa: F401 (registers vLLM's operators)
 from models import isolate, without_code_generation
+from planting import tune_here
 from rope_dialects import vllm_neox
 from rope_layers import Gqa, flat, paged
 from test_graph_fuse_norm_quant import NormedLinear, QuantisedLatents, hidden
@@ -19,7 +20,7 @@ import bench_layer
 from autofuse.cli.app import run
 from autofuse.graph.report_store import last_reports
 from autofuse.ops import OPS
-from autofuse.tuner import budgets, job
+from autofuse.tuner import bench, budgets, job
 from autofuse.tuner.measure import Gain
 from mla_layer import SMALL, random_inputs, random_weights
 
@@ -62,7 +63,8 @@ def sites() -> list[tuple[str, str]]:
 def test_every_op_is_captured_tuned_and_then_fused(tiny, monkeypatch, capsys):
     """Whether a kernel is faster on this machine is not what is tested: every gain is made up to be 2."""
     monkeypatch.setitem(budgets.EFFORTS, "quick", tiny)
-    monkeypatch.setattr(job, "baseline_calls", lambda op, args: {"eager": op.unfused, "compile": op.unfused})
+    tune_here(monkeypatch)
+    monkeypatch.setattr(bench, "baseline_calls", lambda op, args: {"eager": op.unfused, "compile": op.unfused})
     monkeypatch.setattr(job, "gain", lambda baseline, candidate: Gain(2.0, 1.9, 2.1))
     before = sites()
     assert {op for op, _ in before} == set(OPS)

@@ -366,11 +366,11 @@ class MlaRopeKvCacheCat(FusedOp):
     def check_args(
         self, problem: Problem, tokens: int, device: torch.device, generator: torch.Generator
     ) -> tuple[Any, ...]:
-        """Every third token is padded, or its slot counts from the end, but not the first; of the others, some have
-        slots beyond the cache or before it, and the last ones none at all. Buffers are up to two rows longer than T.
-        The cache has blocks of 5 to 18 rows, its rows and blocks lie apart (by at least a block's worth of rows from
-        the beginning and the end of its memory), and scales are random. Rows of the table and of all activations lie
-        apart, each in its own way. Values of a row are of its own size, and some rows are zero.
+        """Every third token is padded, or each second of these has a slot that counts from the end, but not the first;
+        of the others, some have slots beyond the cache, and the last ones none at all. Buffers are up to two rows
+        longer than T. The cache has blocks of 5 to 18 rows, its rows and blocks lie apart (by at least a block's worth
+        of rows from the beginning and the end of its memory), and scales are random. Rows of the table and of all
+        activations lie apart, each in its own way. Values of a row are of its own size, and some rows are zero.
         """
         dtype, table_dtype = (DTYPES[str(problem[name])] for name in ("dtype", "table"))
         heads, rope, latent, nope = (problem.int(f"{name}") for name in ("heads", "rope_dim", "latent_dim", "nope_dim"))
@@ -394,8 +394,8 @@ class MlaRopeKvCacheCat(FusedOp):
             # None is in the first block: a kernel that takes the block size for a larger one misses them all.
             slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)[: max(tokens, 1)]
             from_end = bool(seeds[8] % 2)
-            slots[1::3] = slots[1::3] - blocks * size if from_end else -1 - seeds[5] % size
-            slots[2::9] = -1 - blocks * size - seeds[5] % size  # before the first
+            slots[1::6] = -1 - blocks * size * from_end - seeds[5] % size
+            slots[4::6] = slots[4::6] - blocks * size if from_end else -1 - seeds[5] % size
             slots[3::6] = blocks * size + seeds[6] % size
             slots = slots[: max(tokens - seeds[7] % (tokens // 2 + 1), 1)]
             values = torch.randn((blocks + 2) * (size + 3), latent + rope, device=device, generator=generator)

@@ -439,8 +439,8 @@ class RopeKvCache(FusedOp):
             slots = size + torch.randperm((blocks - 1) * size, device=device, generator=generator)
             slots = slots[: max(tokens - drawn(0, tokens // 3), 1)]
             args[SLOTS_FROM_END] = bool(drawn(0, 1))
-            slots[1::3] = slots[1::3] - blocks * size if args[SLOTS_FROM_END] else -1
-            slots[4::9] = -1 - blocks * size  # before the first
+            slots[1::6] = -1 - blocks * size * args[SLOTS_FROM_END]
+            slots[4::6] = slots[4::6] - blocks * size if args[SLOTS_FROM_END] else -1
             slots[2::7] = blocks * size + drawn(0, size)  # in what lies behind the cache
             slots[3::11] += 1 << 32  # in the cache again for a kernel that takes 32 bits
             args[SLOTS] = slots
