@@ -64,6 +64,8 @@ struct Variant {  // one bucket of the plan
     int64_t units_per_token;
     int64_t units_per_block;
     int64_t repeat;
+    int64_t more_per_token;  // units of further blocks
+    int64_t more_per_block;
     uint64_t align;
     uint32_t block;
     uint32_t shared_bytes;
@@ -310,9 +312,11 @@ bool run(const Op& op, const Entry& entry, const StableIValue* args, AtenTensorH
             }
         }
         if (entry.on_gpu) {
-            const int64_t units = tokens * variant->units_per_token;
-            const int64_t blocks = (units + variant->units_per_block - 1) / variant->units_per_block;
-            launch_cuda(entry, *variant, blocks * variant->repeat, params);
+            const auto blocks = [=](int64_t per_token, int64_t per_block) {
+                return (tokens * per_token + per_block - 1) / per_block;
+            };
+            const int64_t repeated = blocks(variant->units_per_token, variant->units_per_block) * variant->repeat;
+            launch_cuda(entry, *variant, repeated + blocks(variant->more_per_token, variant->more_per_block), params);
         } else {
             reinterpret_cast<void (*)(const void*)>(variant->function)(params);
         }

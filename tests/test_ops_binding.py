@@ -33,6 +33,11 @@ def test_a_grid_can_be_repeated_for_each_head() -> None:
     assert [shape.blocks(tokens) for tokens in (0, 1, 16, 17)] == [0, 8, 8, 16]
 
 
+def test_a_grid_can_have_blocks_of_two_kinds() -> None:
+    shape = LaunchShape(units_per_block=16, repeat=8, more_per_token=3, more_per_block=32)
+    assert [shape.blocks(tokens) for tokens in (0, 1, 16, 17)] == [0, 8 + 1, 8 + 2, 16 + 2]
+
+
 def test_buffers_may_have_more_rows_than_there_are_tokens() -> None:
     binding = Binding(
         tensors=(TensorArg(0, torch.int64, (None,)), TensorArg(1, torch.float32, (ROWS, 2))),

@@ -10,6 +10,7 @@ from autofuse.ops.binding import Binding, LaunchShape
 from autofuse.ops.fp8_group_quant import Fp8GroupQuant
 from autofuse.ops.mla_dual_rms_norm import MlaDualRmsNorm
 from autofuse.ops.mla_dual_rms_norm_quant import MlaDualRmsNormQuant
+from autofuse.ops.mla_q_absorb_rope_kv_cache import MlaQAbsorbRopeKvCache
 from autofuse.ops.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
 from autofuse.ops.mla_v_up_quant import MlaVUpQuant
 from autofuse.ops.problem import Config, Problem
@@ -40,6 +41,7 @@ OPS: dict[str, FusedOp] = {
         MlaDualRmsNormQuant(),
         RopeKvCache(),
         MlaVUpQuant(),
+        MlaQAbsorbRopeKvCache(),
     )
 }
 

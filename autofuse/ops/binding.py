@@ -121,8 +121,9 @@ class LaunchShape:
     """What of a launch depends on the config.
 
     Attributes:
-        units_per_token, units_per_block, repeat: the grid has ceil(T × units_per_token / units_per_block) × repeat
-            blocks.
+        units_per_token, units_per_block, repeat, more_per_token, more_per_block: the grid has ceil(T × units_per_token /
+            units_per_block) × repeat blocks, and ceil(T × more_per_token / more_per_block) more, which do something
+            else.
         align: bytes; every address, and every stride that is stepped over, must be a multiple.
     """
 
@@ -130,9 +131,12 @@ class LaunchShape:
     units_per_block: int = 1
     align: int = 1
     repeat: int = 1
+    more_per_token: int = 0
+    more_per_block: int = 1
 
     def blocks(self, tokens: int) -> int:
-        return -(-tokens * self.units_per_token // self.units_per_block) * self.repeat
+        repeated = -(-tokens * self.units_per_token // self.units_per_block) * self.repeat
+        return repeated - (-tokens * self.more_per_token // self.more_per_block)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ __all__ = [
     "DS_MLA_LATENT",
     "DS_MLA_ROPE",
     "DS_MLA_SCALES",
+    "GPU_SPACE",
     "KERNELS",
     "CacheKind",
     "binding",
@@ -113,7 +114,7 @@ def _fits_registers(config: Config, problem: Problem, tokens: int) -> bool:
     return config["UNROLL"] * unit <= _LOAD_REGISTERS
 
 
-_GPU_SPACE = SearchSpace(
+GPU_SPACE = SearchSpace(
     (
         Tunable("THREADS", (256, 128, 512, 64), "threads per block: fewer blocks, against less even load"),
         Tunable("UNROLL", (1, 2, 4, 8), "units per thread: more loads in flight, against registers and fewer blocks"),
@@ -175,10 +176,10 @@ _HIP_FIXED = {
 }
 _HIP_SPACE = SearchSpace(
     (
-        *(tunable for tunable in _GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
+        *(tunable for tunable in GPU_SPACE.tunables if tunable.name not in _HIP_FIXED),
         *(Tunable(name, (value,), trades) for name, (value, trades) in _HIP_FIXED.items()),
     ),
-    _GPU_SPACE.constraints,
+    GPU_SPACE.constraints,
 )
 
 _CPU_SPACE = SearchSpace(
@@ -208,7 +209,7 @@ def _cpu_default(problem: Problem, tokens: int) -> Config:
 
 
 KERNELS = {
-    "cuda": KernelSource("mla_rope_kv_cache_cat.cu", _GPU_SPACE, gpu_default),
+    "cuda": KernelSource("mla_rope_kv_cache_cat.cu", GPU_SPACE, gpu_default),
     "hip": KernelSource("mla_rope_kv_cache_cat.cu", _HIP_SPACE, _hip_default),
     "cpu": KernelSource("mla_rope_kv_cache_cat.cpp", _CPU_SPACE, _cpu_default),
 }

@@ -89,6 +89,8 @@ class _Variant(ctypes.Structure):
         ("units_per_token", ctypes.c_int64),
         ("units_per_block", ctypes.c_int64),
         ("repeat", ctypes.c_int64),
+        ("more_per_token", ctypes.c_int64),
+        ("more_per_block", ctypes.c_int64),
         ("align", ctypes.c_uint64),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
@@ -235,7 +237,8 @@ def load_native() -> NativeDispatcher | None:
 
 def _native(variant: Variant) -> _Variant:
     shape, kernel = variant.shape, variant.kernel
-    grid = (shape.units_per_token, shape.units_per_block, shape.repeat, shape.align)
+    more = (shape.more_per_token, shape.more_per_block)
+    grid = (shape.units_per_token, shape.units_per_block, shape.repeat, *more, shape.align)
     if kernel is None:
         return _Variant(variant.tokens, 0, *grid, 1, 0, 0, 0)
     launch = (kernel.block, kernel.shared_bytes, kernel.programmatic_launch)

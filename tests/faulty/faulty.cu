@@ -18,7 +18,7 @@ extern "C" __global__ void faulty(const Params p) {
     if (FAULT == 2 && first) *(float4*)((char*)p.doubled + 4) = make_float4(0, 0, 0, 0);
     if (FAULT == 3 && first) asm volatile("trap;");
     if (FAULT == 4)
-        while (*(volatile int*)&p.tokens) {
+        while (*(volatile float*)p.x == *(volatile float*)p.x) {
         }
     for (int i = threadIdx.x; i < WIDTH; i += blockDim.x) {
         const long long at = row + i;
