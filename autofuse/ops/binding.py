@@ -121,8 +121,8 @@ class LaunchShape:
     """What of a launch depends on the config.
 
     Attributes:
-        units_per_token, units_per_block, repeat, more_per_token, more_per_block: the grid has ceil(T × units_per_token /
-            units_per_block) × repeat blocks, and ceil(T × more_per_token / more_per_block) more, which do something
+        units_per_token, units_per_block, repeat, more_per_token, more_per_block: the grid has ceil(T × units_per_token
+            ÷ units_per_block) × repeat blocks, and ceil(T × more_per_token ÷ more_per_block) more, which do something
             else.
         align: bytes; every address, and every stride that is stepped over, must be a multiple.
     """

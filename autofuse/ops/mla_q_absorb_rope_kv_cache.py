@@ -61,7 +61,7 @@ def _on_rope(constraint: Constraint) -> Constraint:
 
 _TRADES = {
     "THREADS": "threads per block: fewer blocks, which share q_nope, against less even load",
-    "PREFETCH": "with PDL: blocks per SM that pull their input into L2 while waiting, and W_UK unless it is loaded early",
+    "PREFETCH": "with PDL: blocks per SM that pull their input into L2 while waiting; others pull W_UK, if not EARLY",
 }
 _FIXED = {
     "CHUNK": (64,),
