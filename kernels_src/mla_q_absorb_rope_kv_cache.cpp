@@ -12,8 +12,8 @@
 #define COPY_Q_NOPE 0
 #include "mla_rope.h"
 
-struct AbsorbParams {
-    Params rope;
+struct Params {
+    RopeParams rope;
     const E* w;
     int64_t w_head, w_row;  // strides, in elements
 };
@@ -81,8 +81,8 @@ static inline void multiply_one(const Query& x, const E* w, int64_t w_row, E* ou
 }
 
 // One head's.
-static void multiply_task(const AbsorbParams& p, int64_t head) {
-    const Params& rope = p.rope;
+static void multiply_task(const Params& p, int64_t head) {
+    const RopeParams& rope = p.rope;
     const E* const w = p.w + head * p.w_head;
     for (int64_t first = 0; first < rope.tokens; first += ROWS) {
         const int count = rope.tokens - first < ROWS ? int(rope.tokens - first) : ROWS;
@@ -107,8 +107,8 @@ static void multiply_task(const AbsorbParams& p, int64_t head) {
     }
 }
 
-extern "C" void mla_q_absorb_rope_kv_cache(const AbsorbParams* params) {
-    const AbsorbParams p = *params;
+extern "C" void mla_q_absorb_rope_kv_cache(const Params* params) {
+    const Params p = *params;
     const int threads = threads_to_use(THREADS);
     if (threads == 1) {
         for (int64_t head = 0; head < HEADS; ++head) multiply_task(p, head);

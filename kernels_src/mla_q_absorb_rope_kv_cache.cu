@@ -15,8 +15,8 @@
 #include "mla_rope.cuh"
 #include "mma.cuh"
 
-struct AbsorbParams {
-    Params rope;
+struct Params {
+    RopeParams rope;
     const Element* w;
     i64 w_head, w_row;  // strides, in elements
 };
@@ -65,7 +65,7 @@ struct Queries {
 };
 
 // Sums of one row of a tile, from the lane's first column on.
-__device__ __forceinline__ void store_sums(const Params& p, i64 to, const float (&sums)[Product::LANE_COLUMNS],
+__device__ __forceinline__ void store_sums(const RopeParams& p, i64 to, const float (&sums)[Product::LANE_COLUMNS],
                                            const Fp8Scale& scale) {
 #pragma unroll
     for (int begin = 0; begin < Product::LANE_COLUMNS; begin += 8) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_sums(const Params& p, i64 to, const float 
 }
 
 // What block `block` of those that multiply does.
-__device__ __forceinline__ void multiply(const AbsorbParams& p, u32 block) {
+__device__ __forceinline__ void multiply(const Params& p, u32 block) {
     const int sharer = int(block % SHARERS), head = int(block / SHARERS % HEADS);
     const i64 first = i64(block / (SHARERS * HEADS)) * TOKENS;
     const int left = int(p.rope.tokens - first), tokens = left < TOKENS ? left : TOKENS;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply(const AbsorbParams& p, u32 block) {
     }
 }
 
-extern "C" __global__ void ALL_REGISTERS(THREADS) mla_q_absorb_rope_kv_cache(const AbsorbParams p) {
+extern "C" __global__ void ALL_REGISTERS(THREADS) mla_q_absorb_rope_kv_cache(const Params p) {
     if (PDL == 1) let_next_kernel_start();
     const u32 multipliers = u32((p.rope.tokens + TOKENS - 1) / TOKENS) * (HEADS * SHARERS);
     if (blockIdx.x < multipliers) {

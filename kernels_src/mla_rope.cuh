@@ -4,17 +4,18 @@
 //
 // A token's work is units: a vector that is copied (of kv_c, or of a head's q_nope), a vector that is rotated (of k_pe, or of
 // a head's q_pe), or, where NeoX pairs them, two such vectors half a row apart. With DEINTERLEAVE a unit reads two neighbouring
-// vectors of pairs and writes two that are half a row apart: whole vectors either way. A thread takes UNROLL units, THREADS apart,
-// with all their loads in flight before the first store. Neighbouring threads have neighbouring units, and nearly all warps
-// have units of one kind. Every byte crosses memory once, but for the rotary table.
+// vectors of pairs and writes two that are half a row apart: whole vectors either way. A thread takes UNROLL units, THREADS
+// apart, with all their loads in flight before the first store. Neighbouring threads have neighbouring units, and nearly all
+// warps have units of one kind. Every byte crosses memory once, but for the rotary table.
 //
 // The units of CHUNK tokens are sorted by kind: first kv_c, which needs its slot and maybe a scale; then what is rotated,
 // k_pe before the heads, which needs its position, and then the table; then what is just copied.
 //
 // Constants of the problem: ELEMENT (bf16, fp16, fp32), TABLE (element of cos_sin_cache), HEADS, NOPE (columns of the query
 // before those that are rotated, or 0: none), ROPE, LATENT, NEOX, DEINTERLEAVE (pairs that are neighbours are written half a
-// row apart), Q_FP8 (the query is returned as fp8 e4m3 of value ÷ q_scale), APART (k_pe has a cache of its own), and CACHE: 0 none, 1 ELEMENT, 2 fp8 e4m3 of value ÷ kv_scale, 3 rows of 656 bytes (vLLM's fp8_ds_mla): 512 fp8 e4m3
-// values of kv_c, four fp32 scales, max(amax ÷ 448, smallest normal number) of 128 values each, 64 elements of k_pe.
+// row apart), Q_FP8 (the query is returned as fp8 e4m3 of value ÷ q_scale), APART (k_pe has a cache of its own), and CACHE:
+// 0 none, 1 ELEMENT, 2 fp8 e4m3 of value ÷ kv_scale, 3 rows of 656 bytes (vLLM's fp8_ds_mla): 512 fp8 e4m3 values of kv_c, four
+// fp32 scales, max(amax ÷ 448, smallest normal number) of 128 values each, 64 elements of k_pe.
 // Tunables:
 //   THREADS    per block
 //   UNROLL     units of a thread: more loads in flight, fewer blocks
@@ -41,7 +42,7 @@ struct Cache {
     int block_size;  // rows per block
 };
 
-struct Params {
+struct RopeParams {
     const Element* q_nope;
     const Element* q_pe;
     const Element* kv_c;
@@ -158,7 +159,7 @@ struct First {
     }
 };
 
-__device__ __forceinline__ Unit unit_at(const Params& p, const First& first, u32 offset) {
+__device__ __forceinline__ Unit unit_at(const RopeParams& p, const First& first, u32 offset) {
     const u32 ahead = (first.unit + offset) / CHUNK_UNITS;
     u32 unit = first.unit + offset - ahead * CHUNK_UNITS;
     const u32 begin = (first.chunk + ahead) * CHUNK, left = begin < u32(p.tokens) ? p.tokens - begin : 0;
@@ -196,7 +197,7 @@ struct AnglesOf {
     static constexpr int COUNT = OF_TWO ? SIZE : SIZE / 2;
     Run<TableElement, COUNT> cosines, sines;
 
-    static __device__ __forceinline__ const TableElement* source(const Params& p, i64 position, int at) {
+    static __device__ __forceinline__ const TableElement* source(const RopeParams& p, i64 position, int at) {
         return p.table + position * p.table_row + (OF_TWO ? at : at / 2);
     }
     __device__ __forceinline__ void load(const TableElement* from) {
@@ -225,7 +226,7 @@ typedef AnglesOf<IN_HALVES> UnitAngles;
 
 // ---- What is written ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void store_query(const Params& p, i64 to, const Values& values, const Fp8Scale& scale) {
+__device__ __forceinline__ void store_query(const RopeParams& p, i64 to, const Values& values, const Fp8Scale& scale) {
     if constexpr (Q_FP8) {
         float quotients[SIZE];
         values.unpack(quotients);
@@ -257,7 +258,7 @@ __device__ __forceinline__ void store_fp8(const Cache& cache, i64 at, const Valu
 }
 
 // `row`: where the token's cache row begins. `scale`: of CACHE 2 the given one, of CACHE 3 the group's.
-__device__ __forceinline__ void cache_kv_c(const Params& p, int at, i64 row, const Values& values, const Fp8Scale& scale) {
+__device__ __forceinline__ void cache_kv_c(const RopeParams& p, int at, i64 row, const Values& values, const Fp8Scale& scale) {
     if constexpr (CACHE == 1) {
         values.store(static_cast<Element*>(p.kv_cache.data) + row + at);
     } else {
@@ -269,7 +270,7 @@ __device__ __forceinline__ void cache_kv_c(const Params& p, int at, i64 row, con
     }
 }
 
-__device__ __forceinline__ void cache_k_pe(const Params& p, int at, i64 row, const Values& values, const Fp8Scale& scale) {
+__device__ __forceinline__ void cache_k_pe(const RopeParams& p, int at, i64 row, const Values& values, const Fp8Scale& scale) {
     const Cache& cache = APART ? p.k_pe_cache : p.kv_cache;
     if constexpr (DS_MLA) {
         void* k_pe = static_cast<unsigned char*>(cache.data) + row + DS_MLA_K_PE;
@@ -308,7 +309,7 @@ __device__ __forceinline__ void prefetch(const T* from) {
 }
 
 // The units of block `block` of those that have units.
-__device__ __forceinline__ void rope_block(const Params& p, u32 block) {
+__device__ __forceinline__ void rope_block(const RopeParams& p, u32 block) {
     const First first(block);
     Unit units[UNROLL];
     int guesses[UNROLL];  // the unit's position, most likely; -1: not guessed

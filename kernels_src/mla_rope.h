@@ -16,7 +16,7 @@ struct Cache {
     int32_t block_size;  // rows per block
 };
 
-struct Params {
+struct RopeParams {
     const E* q_nope;
     const E* q_pe;
     const E* kv_c;
@@ -119,7 +119,7 @@ static inline float largest_magnitude(const E* from, int count) {
 }
 
 // Counted from the beginning; negative if the token has none.
-static inline int64_t slot_of(const Params& p, int64_t t) {
+static inline int64_t slot_of(const RopeParams& p, int64_t t) {
     const int64_t slot = p.slots[t];
     return slot < 0 && p.slots_from_end ? slot + int64_t(p.kv_cache.blocks) * p.kv_cache.block_size : slot;
 }
@@ -133,7 +133,7 @@ static inline int64_t row_of(const Cache& cache, int64_t slot) {
     return slot / cache.block_size * cache.block + slot % cache.block_size * cache.row;
 }
 
-static inline void write_rows(const Params& p, const E* kv_c, const E* k_pe, int64_t slot) {
+static inline void write_rows(const RopeParams& p, const E* kv_c, const E* k_pe, int64_t slot) {
     const Cache& k_pe_cache = APART ? p.k_pe_cache : p.kv_cache;
     if (!has_slot(p.kv_cache, slot) || !has_slot(k_pe_cache, slot)) return;
     const int64_t row = row_of(p.kv_cache, slot), k_pe_row = row_of(k_pe_cache, slot) + (APART ? 0 : LATENT);
@@ -155,7 +155,7 @@ static inline void write_rows(const Params& p, const E* kv_c, const E* k_pe, int
 }
 
 // One token's.
-static inline void rope_task(const Params& p, int64_t t) {
+static inline void rope_task(const RopeParams& p, int64_t t) {
     float table[ROPE];
     widen_row(p.table + p.positions[t] * p.table_row, table, ROPE);
     const float *cosines = table, *sines = table + HALF;

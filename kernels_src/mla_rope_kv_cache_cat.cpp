@@ -9,8 +9,8 @@
 #define COPY_Q_NOPE 1
 #include "mla_rope.h"
 
-extern "C" void mla_rope_kv_cache_cat(const Params* params) {
-    const Params p = *params;
+extern "C" void mla_rope_kv_cache_cat(const RopeParams* params) {
+    const RopeParams p = *params;
     const int threads = threads_to_use(THREADS);
     if (threads == 1 || p.tokens <= SERIAL_ROWS) {
         for (int64_t t = 0; t < p.tokens; ++t) rope_task(p, t);

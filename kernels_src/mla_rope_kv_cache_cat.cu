@@ -5,6 +5,8 @@
 #define COPY_Q_NOPE 1
 #include "mla_rope.cuh"
 
+typedef RopeParams Params;
+
 extern "C" __global__ void __launch_bounds__(THREADS) mla_rope_kv_cache_cat(const Params p) {
     if (PDL == 1) let_next_kernel_start();
     rope_block(p, blockIdx.x);
