@@ -293,6 +293,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         few = {"heads": 2, "qk_nope_dim": 128, "nope_dim": 128, "rope_dim": 64, "latent_dim": 512}
         odd = {"heads": 1, "qk_nope_dim": 96, "nope_dim": 192, "rope_dim": 32, "latent_dim": 192}
         small = {"heads": 2, "qk_nope_dim": 32, "nope_dim": 64, "rope_dim": 16, "latent_dim": 64}
+        wide = {"heads": 1, "qk_nope_dim": 32, "nope_dim": 512, "rope_dim": 16, "latent_dim": 64}
         styles = {"NeoX": {"neox": True}, "GPT-J": {"neox": False}, "apart": {"neox": False, "deinterleave": True}}
         variants: list[tuple[dict[str, int], str, str, str, str, str, bool]] = [
             (few, "bf16", "bf16", "auto", "GPT-J", "auto", True),
@@ -300,7 +301,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
             (odd, "fp16", "fp16", "fp8", "NeoX", "auto", True),
             (odd, "bf16", "fp32", "fp8_apart", "GPT-J", "fp8", True),
             (small, "bf16", "bf16", "auto_apart", "apart", "auto", False),
-            (small, "fp16", "fp32", "none", "GPT-J", "fp8", False),
+            (wide, "fp16", "fp32", "none", "GPT-J", "fp8", False),
         ]
         return [
             self.make_problem(
