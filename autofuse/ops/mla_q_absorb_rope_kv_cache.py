@@ -101,8 +101,8 @@ _GPU_SPACE = SearchSpace(
     (
         *map(_on_rope, GPU_SPACE.constraints),
         Constraint(
-            "a block has columns of one head, 64 for each warp, or, staged, whole tiles, which all threads copy as much "
-            "of",
+            "a block has columns of one head, 64 for each warp, or, staged, whole tiles, of which each thread has "
+            "as much to copy",
             _whole_blocks,
         ),
         Constraint(
