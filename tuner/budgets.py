@@ -19,6 +19,7 @@ __all__ = [
     "LONGEST_PAUSE_S",
     "LOOK_S",
     "MOST_GUARD_BYTES",
+    "RANK_WAIT_S",
     "STOP_GRACE_S",
     "VERIFY_MEMORY_SHARE",
     "WATCH_DUTY",
@@ -65,6 +66,9 @@ WATCH_DUTY = 0.25
 
 WATCH_LOOK_S = 15.0
 """How often a service looks for new sites, and whether a busy device is idle again."""
+
+RANK_WAIT_S = 60.0
+"""How long a rank of a distributed job waits for a lower one to compile, before it decides without."""
 
 LONGEST_PAUSE_S = 60.0
 """What lies further apart in the database was not measured in one go: a forecast leaves it out."""
