@@ -223,6 +223,8 @@ def _value(answer: dict[str, Any]) -> Any:
         raise getattr(errors, name)(message) from there
     if name == "MemoryError":
         raise MemoryError(message) from there
+    if name == "OSError":  # such as a full disk
+        raise OSError(message) from there
     raise RuntimeError(f"{name}: {message}") from there
 
 
