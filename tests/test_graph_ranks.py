@@ -14,13 +14,16 @@ RANK = """
 import json, os, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
+import torch
 import torch.distributed as dist
 import autofuse.graph.ranks as ranks_module
 from autofuse.cache_db import default_path
 from autofuse.graph import decide as decide_module
 from autofuse.graph.decide import Knowledge
 from autofuse.graph.settings import Settings
+from autofuse.graph.report_store import last_reports
 from deciding import CPU, compared, decide, tuned, winner
+from models import HIDDEN, MlaLatents, without_code_generation
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 
@@ -71,6 +74,21 @@ asked.clear()
 decided("cannot be tuned", lambda: None, [64], {{"autofuse.untuned": "tune"}}, tune=fails)
 print(json.dumps(["failed", asked]), flush=True)
 
+
+
+def compiled(name):
+    os.environ["AUTOFUSE_DB"] = str(folder / f"{{name}}-{{rank}}.db")
+    only(0, winner(4, 1.5))()
+    dist.init_process_group("gloo", init_method=f"file://{{folder / name}}.group", rank=rank, world_size=2)
+    with without_code_generation(), torch.no_grad():
+        torch.compile(MlaLatents(), backend="autofuse")(torch.randn(4, HIDDEN, dtype=torch.bfloat16))
+    report = last_reports()[-1]
+    print(json.dumps([name, [report.key, *([site.verdict, site.plan] for site in report.sites)]]), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+compiled("compiled")
 ranks_module.RANK_WAIT_S = 0.3
 if rank == 1:  # the lowest comes late
     os.environ["AUTOFUSE_DB"] = str(folder / "late-1.db")
@@ -143,6 +161,13 @@ def test_what_one_rank_cannot_tune_no_other_tries(said: list[dict]) -> None:
 def test_a_rank_that_comes_late_is_not_waited_for_and_agrees_with_who_was_there(said: list[dict]) -> None:
     assert said[0]["late"] == said[1]["late"]
     assert said[0]["late"]["plans"] != ["None"]
+
+
+def test_they_compile_the_same_graph(said: list[dict]) -> None:
+    """The key covers what Inductor's caches depend on."""
+    assert said[0]["compiled"] == said[1]["compiled"]
+    _, *sites = said[0]["compiled"]
+    assert [verdict for verdict, _ in sites] == ["fused"]
 
 
 def test_without_a_group_nobody_is_asked(said: list[dict]) -> None:

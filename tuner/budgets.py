@@ -94,7 +94,8 @@ class Pace:
 
 
 GUESSED_PACE = {"cpu": Pace(0.4, 12.0, 2.0), "cuda": Pace(0.2, 5.0, 1.5), "hip": Pace(0.2, 5.0, 1.5)}
-"""Kind of target → what a forecast goes by where nothing was measured: on two cores of an EPYC, and on an H200."""
+"""Kind of target → what a forecast goes by where nothing was measured. Guesses: the CPU's is that of two cores of an
+EPYC, the others are not measured."""
 
 
 @dataclass(frozen=True)
