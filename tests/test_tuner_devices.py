@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,56 @@ def test_processes_of_a_tuner_do_not_hold_its_lock(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+JOB = """
+import torch
+from autofuse.cache_db import TunedDatabase
+from autofuse.ops import Problem
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.devices import tune_on_devices
+from autofuse.tuner.job import TrialDone
+from autofuse.tuner.queue import Bucket
+
+buckets = [Bucket(Problem.parse({problem!r}), tokens) for tokens in (2, 4, 6, 8)]
+with TunedDatabase() as database:
+    tune_on_devices(buckets, [torch.device("cpu")] * 2, database, Effort(),
+                    on_event=lambda event: print(type(event).__name__, flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_job_leaves_no_process_and_its_trials(tmp_path: Path) -> None:
+    mark = f"AUTOFUSE_TEST_MARK={tmp_path}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOB.format(problem=str(PROBLEM))],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **dict([mark.split("=", 1)])},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "TrialDone\n":
+            break
+    assert len(marked(mark)) >= 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert marked(mark) == []
+    with TunedDatabase() as database:
+        rows = database.every(Trial)
+    assert any(row.status == "ok" for row in rows)
+    assert sum(row.status != "ok" for row in rows) <= 2  # what ran on each when they died
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that have ``mark`` in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
