@@ -90,7 +90,7 @@ def test_what_fails_on_one_device_is_said_with_its_name(
         TunedDatabase() as database,
         pytest.raises(TargetUnavailable, match=r"^device cpu: .*CXX='no-such-compiler'"),
     ):
-        tune_on_devices(buckets(4), [CPU, CPU], database, tiny)
+        tune_on_devices(buckets(4, 8), [CPU, CPU], database, tiny)
 
 
 def test_a_process_that_dies_is_one_line(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_process_that_dies_is_one_line(tiny: Effort, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(devices_module, "start_module", dying)
     with TunedDatabase() as database, pytest.raises(AutofuseError, match=r"process that tunes on it died .*is kept"):
-        tune_on_devices(buckets(4), [CPU, CPU], database, tiny)
+        tune_on_devices(buckets(4, 8), [CPU, CPU], database, tiny)
 
 
 def test_an_interrupt_stops_all_devices_and_leaves_no_half_row(tiny: Effort) -> None:

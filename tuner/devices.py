@@ -75,6 +75,7 @@ def tune_on_devices(
     Returns: the winners, in the order in which their buckets were finished.
     Raises: what ``tune_buckets`` raises, its message led by the device's name.
     """
+    devices = devices[: max(len(buckets), 1)]
     if len(devices) == 1:
         return tune_buckets(
             buckets, devices[0], database, effort, retune=retune, seed=seed, budget_s=budget_s, on_event=on_event
