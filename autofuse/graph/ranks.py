@@ -85,8 +85,10 @@ class Ranks:
 
     @property
     def several(self) -> bool:
-        """Whether there are other ranks to agree with."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        """Whether there are other ranks to agree with, and a store to do it by (MPI has none)."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+            return False
+        return dist.distributed_c10d._get_default_store() is not None
 
     def read(self, target: Target, database: Path | None, read: Callable[[], Shared]) -> Shared:
         """What the ranks on ``target`` know: ``read`` of the lowest of them.
