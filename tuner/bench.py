@@ -12,6 +12,7 @@ from autofuse.ops import Config, FusedOp, Problem, get_op
 from autofuse.runtime.dispatch import BoundPlan, bind_plan, registry
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
+from autofuse.tuner.bandwidth import bandwidth
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
@@ -80,6 +81,10 @@ class Bench:
             with self._running(COMPILED):
                 bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0])
         return list(bucket.baselines)
+
+    def bandwidth(self) -> float:
+        """Bytes per µs that the device's memory can do; see ``bandwidth``."""
+        return bandwidth(self._device)
 
     def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
         """Times configs and baselines in turns."""

@@ -7,18 +7,26 @@ from dataclasses import dataclass
 from autofuse.errors import BadInput
 
 __all__ = [
+    "BUSY_SHARE",
     "COMPILE_BUDGET_S",
     "COMPILE_LIMIT_S",
     "EFFORTS",
     "FINAL_SHARE",
     "GUARD_BYTES",
     "GUARD_ROWS",
+    "GUESSED_PACE",
     "KILL_GRACE_S",
+    "LONGEST_PAUSE_S",
+    "LOOK_S",
     "MOST_GUARD_BYTES",
+    "RANK_WAIT_S",
     "STOP_GRACE_S",
     "VERIFY_MEMORY_SHARE",
+    "WATCH_DUTY",
+    "WATCH_LOOK_S",
     "Effort",
     "Limits",
+    "Pace",
     "effort",
 ]
 
@@ -47,9 +55,47 @@ GUARD_BYTES = 4096
 MOST_GUARD_BYTES = 4 << 20
 """And at most so long."""
 
+BUSY_SHARE = 0.2
+"""A device is busy with others' work if that takes more than this share of it."""
+
+LOOK_S = 1.0
+"""How long a device is looked at to find out."""
+
+WATCH_DUTY = 0.25
+"""Of its time, so much a service tunes at most, unless it is told otherwise."""
+
+WATCH_LOOK_S = 15.0
+"""How often a service looks for new sites, and whether a busy device is idle again."""
+
+RANK_WAIT_S = 60.0
+"""How long a rank of a distributed job waits for a lower one to compile, before it decides without."""
+
+LONGEST_PAUSE_S = 60.0
+"""What lies further apart in the database was not measured in one go: a forecast leaves it out."""
+
 VERIFY_MEMORY_SHARE = 0.25
 """Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is
 beyond is computed anew for each."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a device tunes.
+
+    Attributes:
+        trial_s: to verify and time a config.
+        bucket_s: what a bucket takes besides: its inputs, the first compilation, the baselines, the last measurement.
+        open_s: of this, what comes before the first trial.
+    """
+
+    trial_s: float
+    bucket_s: float
+    open_s: float
+
+
+GUESSED_PACE = {"cpu": Pace(0.4, 12.0, 2.0), "cuda": Pace(0.2, 5.0, 1.5), "hip": Pace(0.2, 5.0, 1.5)}
+"""Kind of target → what a forecast goes by where nothing was measured. Guesses: the CPU's is that of two cores of an
+EPYC, the others are not measured."""
 
 
 @dataclass(frozen=True)

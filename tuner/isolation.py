@@ -28,7 +28,7 @@ import torch
 from autofuse import errors, kernels_src
 from autofuse.errors import AutofuseError, BadInput, TargetUnavailable
 from autofuse.ops import Config, Problem, get_op
-from autofuse.tuner.bench import COMPILED
+from autofuse.tuner.bench import COMPILED, EAGER
 from autofuse.tuner.budgets import KILL_GRACE_S, Effort
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.measure import Timing
@@ -119,6 +119,9 @@ class IsolatedBench:
         kinds = list(self._ask("baselines", {"compiled": compiled}, [COMPILED], self._limits.baselines_s))
         self._has_baselines = True
         return kinds
+
+    def bandwidth(self) -> float:
+        return float(self._ask("bandwidth", {}, [EAGER], self._limits.time_s))
 
     def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
         arguments = {"subjects": [encode_subject(subject) for subject in subjects], "rounds": rounds, "seed": seed}
@@ -220,6 +223,8 @@ def _value(answer: dict[str, Any]) -> Any:
         raise getattr(errors, name)(message) from there
     if name == "MemoryError":
         raise MemoryError(message) from there
+    if name == "OSError":  # such as a full disk
+        raise OSError(message) from there
     raise RuntimeError(f"{name}: {message}") from there
 
 

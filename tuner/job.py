@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
-from autofuse.errors import AutofuseError, BadInput, CompileError, TargetUnavailable
-from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
+from autofuse.ops import Config, FusedOp, get_op
 from autofuse.targets import Artifact, Target, target_of, toolchain
 from autofuse.tuner.bench import EAGER
 from autofuse.tuner.budgets import FINAL_SHARE, Effort
@@ -28,22 +28,26 @@ from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.measure import Gain, Timing, gain
+from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import search_for
 
-__all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
+__all__ = [
+    "Bucket",
+    "BucketDone",
+    "BucketStarted",
+    "Event",
+    "Known",
+    "TrialDone",
+    "known_of",
+    "provenance_of",
+    "tune_buckets",
+    "tune_shares",
+]
 
 logger = logging.getLogger("autofuse.tuner")
 
 _DIED = "the process died while this config ran"
 _DIED_AGAIN = "the process died twice while this config ran"
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """One thing to tune: a problem at T tokens."""
-
-    problem: Problem
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,19 @@ class TrialDone:
 
 @dataclass(frozen=True)
 class BucketDone:
-    """A bucket is finished. ``winner`` is None where no config was right; ``measured`` is False if all was known."""
+    """A bucket is finished.
+
+    Attributes:
+        winner: None where no config was right.
+        measured: False if all was known.
+        bandwidth_share: of the memory's bandwidth, what the winner reaches if it moves each byte once; None where that
+            was not measured.
+    """
 
     bucket: Bucket
     winner: Winner | None
     measured: bool
+    bandwidth_share: float | None = field(default=None, compare=False)
 
 
 Event = BucketStarted | TrialDone | BucketDone
@@ -107,30 +119,102 @@ def tune_buckets(
     Raises: BadInput, TargetUnavailable, DatabaseError. A config that fails is a row, not an error; if not one of a
         bucket compiles, that is the compiler's fault rather than theirs: TargetUnavailable, and no row.
     """
+    queue = BucketQueue(buckets, budget_s)
+    return tune_shares(queue.take, device, database, effort, retune=retune, seed=seed, on_event=on_event)
+
+
+def tune_shares(
+    take: Callable[[], Share | None],
+    device: torch.device,
+    database: TunedDatabase,
+    effort: Effort,
+    *,
+    retune: bool = False,
+    seed: int = 0,
+    on_event: Callable[[Event], None] = lambda event: None,
+    compilers: int | None = None,
+) -> list[Winner]:
+    """Tunes what it takes on ``device``, until nothing is left: ``tune_buckets`` for one of several devices.
+
+    Args:
+        take: gives the next bucket and its time; None at the end.
+        compilers: how many candidates compile at a time; as many as there are cores, unless given.
+    """
     target = target_of(device)
-    chain = toolchain(target.kind)
-    provenance = database.record_provenance(
-        {
-            "host": platform.node(),
-            "torch": torch.__version__,
-            "autofuse": _autofuse_version(),
-            **chain.provenance(device),
-        }
-    )
+    provenance = database.record_provenance(provenance_of(device))
     winners = []
-    end = None if budget_s is None else time.monotonic() + budget_s
-    with compile_pool(target.kind, target.arch) as pool, IsolatedBench(device, effort) as bench:
-        for done, bucket in enumerate(buckets):
-            if bucket.tokens < 1:
-                raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
-            share_s = None if end is None else (end - time.monotonic()) / (len(buckets) - done)
-            if share_s is not None and share_s <= 0:
-                logger.info("the time is over with %d buckets to tune", len(buckets) - done)
-                break
-            tuning = _BucketTuning(bucket, target, database, effort, provenance, pool, bench, on_event)
-            if winner := tuning.run(retune=retune, seed=seed, budget_s=share_s):
+    with compile_pool(target.kind, target.arch, compilers) as pool, IsolatedBench(device, effort) as bench:
+        tell = _with_bandwidth(bench, on_event)
+        while share := take():
+            tuning = _BucketTuning(share.bucket, target, database, effort, provenance, pool, bench, tell)
+            if winner := tuning.run(retune=retune, seed=seed, budget_s=share.budget_s):
                 winners.append(winner)
     return winners
+
+
+def _with_bandwidth(bench: IsolatedBench, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """``on_event``, told besides which share of the bandwidth a winner reaches. It is measured once, on first use."""
+    found: list[float | None] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, BucketDone) and event.measured and event.winner is not None:
+            if not found:
+                found.append(_bandwidth(bench))
+            if bytes_per_us := found[0]:
+                moved = get_op(event.bucket.problem.op).bytes_moved(event.bucket.problem, event.bucket.tokens)
+                event = replace(event, bandwidth_share=moved / bytes_per_us / event.winner.time_us)
+        on_event(event)
+
+    return tell
+
+
+def _bandwidth(bench: IsolatedBench) -> float | None:
+    try:
+        return bench.bandwidth()
+    except (CandidateFailed, AutofuseError, MemoryError, RuntimeError) as error:  # a line for a person lacks a number
+        logger.info("the bandwidth cannot be measured: %s", error)
+        return None
+
+
+def provenance_of(device: torch.device) -> dict[str, str | int | float | None]:
+    """What else than the config could change a timing on ``device``."""
+    return {
+        "host": platform.node(),
+        "torch": torch.__version__,
+        "autofuse": _autofuse_version(),
+        **toolchain(target_of(device).kind).provenance(device),
+    }
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the database knows of a bucket, as the tuner takes it.
+
+    Attributes:
+        trials: config → trial, of those that need not be made again.
+        winner: the present one, of whatever kernel source.
+        fresh: whether it was measured with the present source.
+    """
+
+    trials: Mapping[Config, Trial]
+    winner: Winner | None
+    fresh: bool
+
+
+def known_of(database: TunedDatabase, target: Target, bucket: Bucket, provenance: str) -> Known:
+    """Args: provenance: the id of the present one; failures under another one are tried again."""
+    source_hash = get_op(bucket.problem.op).source_hash(target.kind)
+    trials = database.trials(target, bucket.problem, bucket.tokens, source_hash)
+    winner = database.winner(target, bucket.problem, bucket.tokens)
+    fresh = winner is not None and winner.source_hash == source_hash
+    return Known({trial.config: trial for trial in trials if _holds(trial, provenance)}, winner, fresh)
+
+
+def _holds(trial: Trial, provenance: str) -> bool:
+    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and one death
+    of the tuning process may have had any reason.
+    """
+    return trial.status == "ok" or (trial.provenance == provenance and trial.message != _DIED)
 
 
 class _BucketTuning:
@@ -161,16 +245,15 @@ class _BucketTuning:
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
-        known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
+        before = known_of(self._database, self._target, self._bucket, self._provenance)
+        known = {} if retune else before.trials
         space = self._op.kernel_source(self._target.kind).space
         times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
         search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
-        winner = self._database.winner(self._target, self._problem, self._tokens)
-        fresh = winner is not None and winner.source_hash == self._source_hash and not retune
         self._on_event(BucketStarted(self._bucket, search.total))
-        if fresh and search.total == 0:
-            self._on_event(BucketDone(self._bucket, winner, measured=False))
-            return winner
+        if before.fresh and not retune and search.total == 0:
+            self._on_event(BucketDone(self._bucket, before.winner, measured=False))
+            return before.winner
         self._bench.open(self._problem, self._tokens, self._source_hash)
         measured: set[Config] = set(known)
         compiles = any(trial.status != "compile_error" for trial in known.values())
@@ -202,12 +285,6 @@ class _BucketTuning:
         winner = self._final(finalists)
         self._on_event(BucketDone(self._bucket, winner, measured=True))
         return winner
-
-    def _holds(self, trial: Trial) -> bool:
-        """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and
-        one death of the tuning process may have had any reason.
-        """
-        return trial.status == "ok" or (trial.provenance == self._provenance and trial.message != _DIED)
 
     def _trials(self) -> list[Trial]:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)

@@ -149,6 +149,9 @@ class _Server:
     def _do_baselines(self, compiled: bool) -> list[str]:
         return self._opened().baselines(compiled)
 
+    def _do_bandwidth(self) -> float:
+        return self._opened().bandwidth()
+
     def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> list[tuple[float, ...]]:
         timings = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
         return [timing.rounds_us for timing in timings]
