@@ -9,7 +9,6 @@ import torch
 from emulation import unavailable
 from emulation import verify as verify_emulated
 
-from autofuse.errors import BadInput
 from autofuse.models import PRESETS
 from autofuse.ops import Config, Problem, get_op
 from autofuse.runtime import dispatch
@@ -170,7 +169,7 @@ def test_arguments_that_do_not_fit_are_one_clear_line(changes: dict[int, Any], s
 def test_rows_that_do_not_exist_are_named() -> None:
     args = args_of(problem(), 5, CPU)
     args[SLOTS][2] = 1 << 40
-    with pytest.raises(BadInput, match=r"slot_mapping\[2\] is 1099511627776, but kv_cache"):
+    with pytest.raises(ValueError, match=r"slot_mapping\[2\] is 1099511627776, but kv_cache"):
         torch.ops.autofuse.mla_q_absorb_rope_kv_cache(*args)
 
 
