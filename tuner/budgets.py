@@ -88,7 +88,9 @@ class Effort:
         refinement: of these, the share at the end that goes to neighbours of the best.
         batch: configs that TPE proposes at once, so that they compile side by side.
         asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
-        trial_rounds: timed rounds per config.
+        race_margin: a config that takes so many times as long as the best before it is not timed to the end.
+        race_pairs: rounds of both, side by side, that must all say so.
+        trial_rounds: timed rounds per config that is.
         finalists: best configs that are measured again to choose one of them.
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
@@ -110,6 +112,8 @@ class Effort:
     refinement: float = 1 / 3
     batch: int = 8
     asks_per_trial: int = 40
+    race_margin: float = 1.1
+    race_pairs: int = 2
     trial_rounds: int = 7
     finalists: int = 4
     final_rounds: int = 25

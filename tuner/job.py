@@ -163,7 +163,7 @@ class _BucketTuning:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
         known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
         space = self._op.kernel_source(self._target.kind).space
-        times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
+        times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
         search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
         winner = self._database.winner(self._target, self._problem, self._tokens)
         fresh = winner is not None and winner.source_hash == self._source_hash and not retune
@@ -173,6 +173,7 @@ class _BucketTuning:
             return winner
         self._bench.open(self._problem, self._tokens, self._source_hash)
         measured: set[Config] = set(known)
+        best = min((trial for trial in known.values() if trial.status == "ok"), key=_time_us, default=None)
         compiles = any(trial.status != "compile_error" for trial in known.values())
         held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
         cut_short = False
@@ -184,8 +185,10 @@ class _BucketTuning:
                 if cut_short := bool(measured) and time.monotonic() >= stop_search:
                     future.cancel()
                     continue
-                trial = self._measure(config, future)
-                search.tell(config, trial.time_us if trial.status == "ok" else None)
+                trial = self._measure(config, future, best)
+                search.tell(config, None if trial.failed else trial.time_us)
+                if trial.status == "ok":
+                    best = trial if best is None else min(best, trial, key=_time_us)
                 held.append(trial)
                 compiles = compiles or trial.status != "compile_error"
                 while compiles and held:
@@ -196,10 +199,15 @@ class _BucketTuning:
                     self._on_event(TrialDone(self._bucket, done))
         if held:
             raise TargetUnavailable(f"no config of {self._problem} compiles, the first for: {held[0].message}")
-        finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
+        trials = [trial for trial in self._trials() if trial.config in measured]
+        finalists = [trial.config for trial in trials if trial.status == "ok"]
         if cut_short and not finalists:
             return None  # neither done nor known not to work: the next job goes on
-        winner = self._final(finalists)
+        pruned = [trial for trial in trials if trial.status == "pruned"]
+        winner = self._final(finalists) or self._final(self._timed_to_the_end(pruned))
+        if winner is None:
+            place = f"{self._problem} at T={self._tokens}"
+            logger.warning("%s: no config is right and runs; see the failed trials", place)
         self._on_event(BucketDone(self._bucket, winner, measured=True))
         return winner
 
@@ -207,7 +215,7 @@ class _BucketTuning:
         """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and
         one death of the tuning process may have had any reason.
         """
-        return trial.status == "ok" or (trial.provenance == self._provenance and trial.message != _DIED)
+        return not trial.failed or (trial.provenance == self._provenance and trial.message != _DIED)
 
     def _trials(self) -> list[Trial]:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
@@ -219,10 +227,20 @@ class _BucketTuning:
         default = self._op.default_config(self._target.kind, self._problem, self._tokens)
         return [default, *(winner.config for winner in others[:4])]
 
-    def _measure(self, config: Config, compiling: Future[Artifact]) -> Trial:
+    def _timed_to_the_end(self, pruned: Sequence[Trial]) -> list[Config]:
+        """The fastest of these that is right and runs, or none. What they lost their races to has failed since."""
+        for trial in pruned:
+            (compiling,) = self._pool.submit([self._op.spec(self._target.kind, self._problem, trial.config)])
+            if self._measure(trial.config, compiling, None).status == "ok":
+                return [trial.config]
+        return []
+
+    def _measure(self, config: Config, compiling: Future[Artifact], best: Trial | None) -> Trial:
         """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome.
 
         The trial is recorded, but for one that does not compile.
+
+        Args: best: the fastest so far, which it races.
         """
         try:
             artifact = compiling.result()
@@ -230,7 +248,7 @@ class _BucketTuning:
             return self._trial(config, "compile_error", message=str(error))
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
         with self._presumed_dead(config, facts):
-            return self._database.record_trial(self._outcome(config, facts))
+            return self._database.record_trial(self._outcome(config, facts, None if best is None else best.config))
 
     @contextmanager
     def _presumed_dead(self, config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
@@ -253,17 +271,16 @@ class _BucketTuning:
                     self._database.record_trial(before)
             raise
 
-    def _outcome(self, config: Config, facts: Mapping[str, Any]) -> Trial:
+    def _outcome(self, config: Config, facts: Mapping[str, Any], best: Config | None) -> Trial:
         """Verifies and times a config that compiles."""
         try:
             difference = self._bench.verify(config)
-            timing = self._bench.time(config)
-            _check_times(config, timing)
+            race = self._bench.time(config, best)
+            _check_times(config, race.timing)
         except CandidateFailed as failed:
             return self._trial(config, failed.status, message=str(failed), **facts)
-        return self._trial(
-            config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=difference, **facts
-        )
+        times = {"time_us": race.timing.median_us, "spread_us": race.timing.spread_us}
+        return self._trial(config, "pruned" if race.pruned else "ok", **times, error=difference, **facts)
 
     def _trial(self, config: Config, status: str, **facts: Any) -> Trial:
         return Trial(
@@ -299,7 +316,6 @@ class _BucketTuning:
                     self._warn_of_baseline(failed)
                 continue
             return self._record(chosen, final)
-        logger.warning("%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens)
         return None
 
     def _choose(self, configs: Sequence[Config]) -> Config:
@@ -394,6 +410,11 @@ class _Final:
     def interval(self) -> float:
         """How wide the gain's interval is: high ÷ low."""
         return self.gain.high / self.gain.low
+
+
+def _time_us(trial: Trial) -> float:
+    assert trial.time_us is not None
+    return trial.time_us
 
 
 def _check_times(subject: Subject, timing: Timing) -> None:

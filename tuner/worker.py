@@ -143,8 +143,9 @@ class _Server:
     def _do_verify(self, config: str) -> float:
         return self._opened().verify(Config.parse(config))
 
-    def _do_time(self, config: str) -> tuple[float, ...]:
-        return self._opened().time(Config.parse(config)).rounds_us
+    def _do_time(self, config: str, best: str | None) -> dict[str, Any]:
+        race = self._opened().time(Config.parse(config), None if best is None else Config.parse(best))
+        return {"rounds_us": race.timing.rounds_us, "pruned": race.pruned}
 
     def _do_baselines(self, compiled: bool) -> list[str]:
         return self._opened().baselines(compiled)

@@ -52,7 +52,7 @@ class _Count:
             self._guess = event.trials or self._guess
         elif isinstance(event, TrialDone):
             self.trials += 1
-            self.failed += event.trial.status != "ok"
+            self.failed += event.trial.failed
             time_us = event.trial.time_us
             if time_us is not None and (self.best_us is None or time_us < self.best_us):
                 self.best_us = time_us
