@@ -94,6 +94,7 @@ class Effort:
         finalists: best configs that are measured again to choose one of them.
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
+        tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts.
         round_us: length of one timed round on a GPU, in µs, at least half of it; short rounds would measure the clock.
@@ -117,6 +118,7 @@ class Effort:
     trial_rounds: int = 7
     finalists: int = 4
     final_rounds: int = 25
+    tie: float = 0.005
     steady_interval: float = 1.15
     attempts: int = 4
     round_us: float = 2_000.0

@@ -29,6 +29,7 @@ from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.search import search_for
+from autofuse.tuner.ties import choose
 
 __all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
 
@@ -158,13 +159,13 @@ class _BucketTuning:
         self._bench = bench
         self._on_event = on_event
         self._source_hash = self._op.source_hash(target.kind)
+        self._space = self._op.kernel_source(target.kind).space
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
         known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
-        space = self._op.kernel_source(self._target.kind).space
         times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
-        search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
+        search = search_for(self._space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
         winner = self._database.winner(self._target, self._problem, self._tokens)
         fresh = winner is not None and winner.source_hash == self._source_hash and not retune
         self._on_event(BucketStarted(self._bucket, search.total))
@@ -324,8 +325,7 @@ class _BucketTuning:
         timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0)
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
-        medians = [timing.median_us for timing in timings]
-        return configs[medians.index(min(medians))]
+        return choose(configs, timings, self._space, self._effort.tie)
 
     def _baselines(self) -> list[str]:
         try:
