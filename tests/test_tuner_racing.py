@@ -19,6 +19,7 @@ from autofuse.targets import target_of
 from autofuse.tuner import bench
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
+from autofuse.tuner.disturbance import Comparison
 from autofuse.tuner.failures import CandidateFailed
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, tune_buckets
@@ -165,10 +166,10 @@ def test_a_pruned_trial_is_not_measured_again(raced: list[Config], tiny: Effort)
 def test_where_all_others_fail_in_the_end_the_best_that_was_pruned_is_timed_again(
     raced: list[Config], tiny: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interleave(self: Bench, subjects: Sequence[Any], rounds: int, seed: int) -> list[Timing]:
+    def interleave(self: Bench, subjects: Sequence[Any], rounds: int, seed: int) -> Comparison:
         if default in subjects:
             raise CandidateFailed(default, "crashed", "as planned")
-        return [Timing((1.0,) * rounds) for _ in subjects]
+        return Comparison((Timing((1.0,) * rounds),) * len(subjects))
 
     default = NORMS.default_config("cpu", norms(), 4)
     monkeypatch.setattr(Bench, "interleave", interleave)

@@ -14,9 +14,10 @@ from autofuse.runtime.dispatch import BoundPlan, bind_plan, registry
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 from autofuse.tuner.budgets import Effort
+from autofuse.tuner.disturbance import Comparison, watch
 from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
-from autofuse.tuner.measure import Ring, Runner, Timing, example_ring, interleave, runner
+from autofuse.tuner.measure import Ring, Runner, example_ring, interleave, runner
 from autofuse.tuner.racing import Race, race
 from autofuse.tuner.verify import Verification
 
@@ -46,6 +47,7 @@ class Bench:
         self._note = note
         self._subject: Subject = ""
         self._bucket: _Bucket | None = None
+        self._watch = watch(device)
 
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
         """Prepares for the candidates of a bucket: inputs, and their references.
@@ -89,11 +91,13 @@ class Bench:
                 bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0])
         return list(bucket.baselines)
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         """Times configs and baselines in turns."""
         prepared = [self._lasting(subject) for subject in subjects]
         with self._running(subjects[0]):
-            return interleave(prepared, rounds, seed)
+            self._watch.begin()
+            timings = interleave(prepared, rounds, seed)
+            return Comparison(tuple(timings), self._watch.end())
 
     def _opened(self) -> _Bucket:
         assert self._bucket is not None, "no bucket is open"

@@ -15,6 +15,7 @@ __all__ = [
     "GUARD_ROWS",
     "KILL_GRACE_S",
     "MOST_GUARD_BYTES",
+    "OTHERS_SHARE",
     "STOP_GRACE_S",
     "VERIFY_MEMORY_SHARE",
     "Effort",
@@ -46,6 +47,9 @@ GUARD_BYTES = 4096
 
 MOST_GUARD_BYTES = 4 << 20
 """And at most so long."""
+
+OTHERS_SHARE = 0.1
+"""A CPU was busy if other processes had more than this share of its cores during a measurement."""
 
 VERIFY_MEMORY_SHARE = 0.25
 """Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is
@@ -96,7 +100,8 @@ class Effort:
             time and the gain's interval come.
         tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
-        attempts: such a measurement of the gain is made at most so many times; the steadiest counts.
+        attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
+            it is not steady.
         round_us: length of one timed round on a GPU, in µs, at least half of it; short rounds would measure the clock.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.

@@ -30,6 +30,7 @@ from autofuse.errors import AutofuseError, BadInput, TargetUnavailable
 from autofuse.ops import Config, Problem, get_op
 from autofuse.tuner.bench import COMPILED
 from autofuse.tuner.budgets import KILL_GRACE_S, Effort
+from autofuse.tuner.disturbance import Comparison
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.measure import Timing
 from autofuse.tuner.processes import kill_group, start_module
@@ -141,13 +142,14 @@ class IsolatedBench:
         self._has_baselines = True
         return kinds
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         arguments = {"subjects": [encode_subject(subject) for subject in subjects], "rounds": rounds, "seed": seed}
         limit_s = self._limits.final_s
         if not self._has_baselines and any(isinstance(subject, str) for subject in subjects):
             limit_s += self._limits.baselines_s
         rounds = len(subjects) * (rounds + _PREPARING_ROUNDS)
-        return [Timing(tuple(each)) for each in self._ask("interleave", arguments, subjects, limit_s, rounds)]
+        answer = self._ask("interleave", arguments, subjects, limit_s, rounds)
+        return Comparison(tuple(Timing(tuple(each)) for each in answer["rounds_us"]), tuple(answer["disturbances"]))
 
     def _ask(
         self, method: str, arguments: dict[str, Any], subjects: Sequence[Subject], limit_s: float, rounds: int = 0

@@ -65,11 +65,18 @@ class TrialDone:
 
 @dataclass(frozen=True)
 class BucketDone:
-    """A bucket is finished. ``winner`` is None where no config was right; ``measured`` is False if all was known."""
+    """A bucket is finished.
+
+    Attributes:
+        winner: None where no config was right.
+        measured: False if all was known.
+        disturbances: what else went on while the winner's time and gain were measured, in words for a person.
+    """
 
     bucket: Bucket
     winner: Winner | None
     measured: bool
+    disturbances: tuple[str, ...] = ()
 
 
 Event = BucketStarted | TrialDone | BucketDone
@@ -160,6 +167,7 @@ class _BucketTuning:
         self._on_event = on_event
         self._source_hash = self._op.source_hash(target.kind)
         self._space = self._op.kernel_source(target.kind).space
+        self._disturbances: tuple[str, ...] = ()
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
@@ -209,7 +217,7 @@ class _BucketTuning:
         if winner is None:
             place = f"{self._problem} at T={self._tokens}"
             logger.warning("%s: no config is right and runs; see the failed trials", place)
-        self._on_event(BucketDone(self._bucket, winner, measured=True))
+        self._on_event(BucketDone(self._bucket, winner, measured=True, disturbances=self._disturbances))
         return winner
 
     def _holds(self, trial: Trial) -> bool:
@@ -322,7 +330,7 @@ class _BucketTuning:
     def _choose(self, configs: Sequence[Config]) -> Config:
         if len(configs) == 1:
             return configs[0]
-        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0)
+        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0).timings
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
         return choose(configs, timings, self._space, self._effort.tie)
@@ -348,28 +356,28 @@ class _BucketTuning:
         final: _Final | None = None
         subjects: list[Subject] = [*kinds, config]
         for attempt in range(self._effort.attempts):
-            timings = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
-            for subject, timing in zip(subjects, timings, strict=True):
+            done = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
+            for subject, timing in zip(subjects, done.timings, strict=True):
                 _check_times(subject, timing)
-            again = _Final.of(dict(zip(kinds, timings, strict=False)), timings[-1])
+            again = _Final.of(dict(zip(kinds, done.timings, strict=False)), done.timings[-1], done.disturbances)
             if final is None or again.interval < final.interval:
                 final = again
             if final.interval <= self._effort.steady_interval:
                 break
         assert final is not None
+        if final.interval > self._effort.steady_interval:
+            final = replace(final, disturbances=("unsteady times", *final.disturbances))
         return final
 
     def _record(self, config: Config, final: _Final) -> Winner:
+        provenance, self._disturbances = self._provenance, final.disturbances
+        if final.disturbances:
+            fields = self._database.provenance(self._provenance)
+            provenance = self._database.record_provenance({**fields, "disturbances": "; ".join(final.disturbances)})
         for name, timing in final.baselines.items():
             self._database.record_baseline(
                 Baseline(
-                    self._target,
-                    self._problem,
-                    self._tokens,
-                    name,
-                    timing.median_us,
-                    timing.spread_us,
-                    self._provenance,
+                    self._target, self._problem, self._tokens, name, timing.median_us, timing.spread_us, provenance
                 )
             )
         baseline, timing = final.baselines[final.baseline], final.timing
@@ -387,7 +395,7 @@ class _BucketTuning:
                 final.gain.median,
                 final.gain.low,
                 final.gain.high,
-                self._provenance,
+                provenance,
             )
         )
 
@@ -400,11 +408,12 @@ class _Final:
     baseline: str
     timing: Timing
     gain: Gain
+    disturbances: tuple[str, ...]
 
     @classmethod
-    def of(cls, baselines: Mapping[str, Timing], timing: Timing) -> _Final:
+    def of(cls, baselines: Mapping[str, Timing], timing: Timing, disturbances: tuple[str, ...]) -> _Final:
         kind = min(baselines, key=lambda name: baselines[name].median_us)
-        return cls(baselines, kind, timing, gain(baselines[kind], timing))
+        return cls(baselines, kind, timing, gain(baselines[kind], timing), disturbances)
 
     @property
     def interval(self) -> float:

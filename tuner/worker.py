@@ -150,9 +150,9 @@ class _Server:
     def _do_baselines(self, compiled: bool) -> list[str]:
         return self._opened().baselines(compiled)
 
-    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> list[tuple[float, ...]]:
-        timings = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
-        return [timing.rounds_us for timing in timings]
+    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> dict[str, Any]:
+        done = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
+        return {"rounds_us": [timing.rounds_us for timing in done.timings], "disturbances": done.disturbances}
 
     def _opened(self) -> Bench:
         assert self._bench is not None

@@ -123,7 +123,8 @@ def _outcome(event: BucketDone) -> str:
     if winner is None:
         return f"{_name(event.bucket)}: no config works"
     known = "" if event.measured else " (tuned already)"
+    disturbed = f" (measured with {', '.join(event.disturbances)})" if event.disturbances else ""
     return (
         f"{_name(event.bucket)}: {microseconds(winner.time_us)} µs, "
-        f"{gain(winner)} over {winner.baseline}, {winner.config}{known}"
+        f"{gain(winner)} over {winner.baseline}, {winner.config}{known}{disturbed}"
     )
