@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 TRIAL_STATUSES = ("ok", "pruned", "compile_error", "launch_error", "wrong", "crashed", "timed_out", "out_of_memory")
-"""``ok`` was verified and timed; ``pruned`` was verified, and timed until it was clear that another is much faster: its
-time is of fewer rounds, it is no failure, and it cannot win. The others failed: ``wrong`` differs from the reference by
-more than the tolerance, or wrote where it must not; ``crashed`` took its process or its device's context down;
-``timed_out`` did not end."""
+"""``ok`` was verified and timed; ``pruned`` was verified, and timed until it was clear that another is much faster, so
+its time is of fewer rounds; or, without a time, was not worth a run. It is no failure, and cannot win. The others
+failed: ``wrong`` differs from the reference by more than the tolerance, or wrote where it must not; ``crashed`` took
+its process or its device's context down; ``timed_out`` did not end."""
 
 BASELINE_KINDS = ("eager", "compile", "graph")
 """The reference run eagerly; through plain ``torch.compile`` as a user calls it; and, on a CPU only, as the code that
@@ -55,8 +55,8 @@ class Trial:
         tokens: the bucket's T, at least 1.
         source_hash: of the kernel's source, headers included.
         status: one of ``TRIAL_STATUSES``.
-        message: what went wrong, for a person.
-        time_us: median time of one call; every ``ok`` or ``pruned`` trial has it.
+        message: what went wrong, for a person; of an ``ok`` trial, that its time is another one's.
+        time_us: median time of one call; every ``ok`` trial has it.
         spread_us: interquartile range of that time.
         error: largest difference from the reference, in units of the allowed tolerance: right up to 1. A result with
             NaN where the reference has none counts as infinitely wrong.
@@ -90,7 +90,7 @@ class Trial:
         _check_word(self, "source_hash")
         _check_choice(self, "status", TRIAL_STATUSES)
         _set(self, "message", printable(_text(self, "message")))
-        _check_number(self, "time_us", positive=True, optional=self.failed)
+        _check_number(self, "time_us", positive=True, optional=self.status != "ok")
         _check_number(self, "spread_us", optional=True)
         if isinstance(self.error, float) and math.isnan(self.error):
             _set(self, "error", math.inf)

@@ -88,6 +88,7 @@ class Effort:
     Attributes:
         exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones by TPE.
         trials: configs measured per bucket by TPE, those already in the database included.
+        priors: winners of other buckets, problems and devices that are tried before anything else.
         startup_trials: of these, drawn at random before TPE has a model.
         refinement: of these, the share at the end that goes to neighbours of the best.
         batch: configs that TPE proposes at once, so that they compile side by side.
@@ -114,6 +115,7 @@ class Effort:
 
     exhaustive_up_to: int = 64
     trials: int = 96
+    priors: int = 4
     startup_trials: int = 24
     refinement: float = 1 / 3
     batch: int = 8
