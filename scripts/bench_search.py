@@ -3,7 +3,7 @@
 
     python scripts/bench_search.py                                    # replay benchmarks/search/*/*.json
     python scripts/bench_search.py --spaces benchmarks/search/cpu --strategies autofuse,random --seeds 10
-    python scripts/bench_search.py --record mla_v_up_quant --tokens 64 --most 400 --model deepseek-v3 --tp 8
+    python scripts/bench_search.py --record mla_v_up_quant --tokens 64 --most 400 --model deepseek-v3
 
 A replay looks up in the file what a config took; no kernel runs. Counted are the configs that a search measures until
 one is within 3 % of the best of the file: the median over --seeds seeds, the share of them that get there within

@@ -249,6 +249,7 @@ class _BucketTuning:
 
     def _timed_to_the_end(self, pruned: Sequence[Trial]) -> list[Config]:
         """The fastest of these that is right and runs, or none. What they lost their races to has failed since."""
+        self._by_code.clear()  # so what came of the races does not hold
         for trial in pruned:
             (compiling,) = self._pool.submit([self._op.spec(self._target.kind, self._problem, trial.config)])
             if self._measure(trial.config, compiling, None).status == "ok":
