@@ -147,7 +147,7 @@ def _outlook(
     op = get_op(bucket.problem.op)
     before = known_of(database, target, bucket, provenance)
     known = {} if retune else before.trials
-    times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
+    times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
     space = op.kernel_source(target.kind).space
     total = search_for(space, bucket.problem, bucket.tokens, times, [], effort, seed=0).total
     if retune and (before.trials or before.winner):

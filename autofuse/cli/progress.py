@@ -72,7 +72,7 @@ class _Count:
         elif isinstance(event, TrialDone):
             present, time_us = self._present[event.bucket], event.trial.time_us
             present.trials += 1
-            present.failed += event.trial.status != "ok"
+            present.failed += event.trial.failed
             if time_us is not None and (present.best_us is None or time_us < present.best_us):
                 present.best_us = time_us
         else:
@@ -161,4 +161,6 @@ def outcome(event: BucketDone) -> str:
         *([f"{share:.{0 if share >= 0.1 else 1}%} of the bandwidth".replace("%", " %")] if share is not None else []),
         str(winner.config),
     ]
-    return f"{_name(event.bucket)}: {', '.join(facts)}{'' if event.measured else ' (tuned already)'}"
+    known = "" if event.measured else " (tuned already)"
+    disturbed = f" (measured with {', '.join(event.disturbances)})" if event.disturbances else ""
+    return f"{_name(event.bucket)}: {', '.join(facts)}{known}{disturbed}"
