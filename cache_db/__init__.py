@@ -7,11 +7,12 @@ DatabaseError that names it and says what to do.
 """
 
 from autofuse.cache_db.exchange import ExportSummary, ImportSummary, export_database, import_into
-from autofuse.cache_db.faults import AbsentDatabaseError
+from autofuse.cache_db.faults import AbsentDatabaseError, DamagedDatabaseError
 from autofuse.cache_db.files import default_path
 from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
 from autofuse.cache_db.records import (
     BASELINE_KINDS,
+    STANDINGS,
     TRIAL_STATUSES,
     Baseline,
     Captured,
@@ -19,19 +20,24 @@ from autofuse.cache_db.records import (
     Winner,
     winners_digest,
 )
-from autofuse.cache_db.store import Provenance, TunedDatabase
+from autofuse.cache_db.repair import RepairSummary, repair
+from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
     "BASELINE_KINDS",
     "LOOKUP_RULES",
+    "STANDINGS",
     "TRIAL_STATUSES",
     "AbsentDatabaseError",
     "Baseline",
     "Captured",
+    "DamagedDatabaseError",
     "ExportSummary",
+    "FormerWinner",
     "ImportSummary",
     "Lookup",
     "Provenance",
+    "RepairSummary",
     "Snapshot",
     "Trial",
     "TunedDatabase",
@@ -40,5 +46,6 @@ __all__ = [
     "explain_lookup",
     "export_database",
     "import_into",
+    "repair",
     "winners_digest",
 ]

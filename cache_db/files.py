@@ -21,7 +21,16 @@ from typing import Literal, TypeVar
 
 from autofuse.cache_db.faults import ELSEWHERE, explain_os_error, explain_sqlite_error, fault
 
-__all__ = ["BUSY_TIMEOUT_S", "check_readable", "check_writable", "connect", "default_path", "permits", "read_untouched"]
+__all__ = [
+    "BUSY_TIMEOUT_S",
+    "beside",
+    "check_readable",
+    "check_writable",
+    "connect",
+    "default_path",
+    "permits",
+    "read_untouched",
+]
 
 BUSY_TIMEOUT_S = 10.0
 """How long to wait for another process's write before giving up."""
@@ -135,13 +144,14 @@ def _copied(path: Path) -> Iterator[Path]:
         copy = Path(folder) / "copy.db"
         try:
             shutil.copyfile(path, copy)
-            shutil.copyfile(_beside(path, "-wal"), _beside(copy, "-wal"))
+            shutil.copyfile(beside(path, "-wal"), beside(copy, "-wal"))
         except OSError as error:
             raise sqlite3.OperationalError(f"unable to open database file: {error.strerror}") from error
         yield copy
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """The file that SQLite keeps beside a database: its log, the log's index, or its journal."""
     # SQLite follows a symbolic link and keeps its log beside the file itself.
     return Path(f"{os.path.realpath(path)}{suffix}")
 
@@ -161,4 +171,4 @@ def _stamp(path: Path) -> _Stamp:
     with suppress(OSError):
         status = path.stat()
         file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return _Stamp(file, *(_beside(path, suffix).exists() for suffix in ("-wal", "-shm", "-journal")))
+    return _Stamp(file, *(beside(path, suffix).exists() for suffix in ("-wal", "-shm", "-journal")))
