@@ -69,8 +69,8 @@ def fault(path: Path, what: str, remedy: str) -> DatabaseError:
     return kind(f"database {path} {what}; {remedy}")
 
 
-def explain_sqlite_error(path: Path, error: sqlite3.Error) -> DatabaseError:
-    text = str(error)
+def explain_sqlite_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> DatabaseError:
+    text = "malformed" if isinstance(error, UnicodeDecodeError) else str(error)
     for fragment, what, remedy in _SQLITE_FAULTS:
         if fragment in text:
             return fault(path, what, remedy)

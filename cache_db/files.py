@@ -106,8 +106,9 @@ def read_untouched(path: Path, read: Callable[[sqlite3.Connection], _T], timeout
 
     An ordinary read-only connection to a database in WAL mode makes the log and its index where they are missing, and
     cannot be opened at all in a read-only folder. Hence: where no log is, the file alone is the database and is read
-    as immutable; where a log stays without an index, nobody has the database open, and a copy of both is read. Either
-    is done again if the files changed meanwhile, since other processes come and go.
+    as immutable; where a log stays without an index, or a journal that a killed process left, nobody has the database
+    open, and a copy of both is read. Either is done again if the files changed meanwhile, since other processes come
+    and go.
 
     Raises sqlite3.Error.
     """
@@ -116,8 +117,10 @@ def read_untouched(path: Path, read: Callable[[sqlite3.Connection], _T], timeout
     while True:
         before = _stamp(path)
         try:
-            if before.log and not (before.index and failures < _FAILURES - 1):
-                # Not at once: a process that opens the database makes the log first and its index next.
+            last = failures == _FAILURES - 1
+            if (before.log and (last or not before.index)) or (before.journal and last):
+                # Not at once: a process that opens the database makes the log first and its index next, and one that
+                # still writes takes its journal away.
                 time.sleep(_CALM_S)
                 with _copied(path) as copy, closing(connect(copy, "rw", timeout_s)) as connection:
                     result = read(connection)
@@ -144,7 +147,9 @@ def _copied(path: Path) -> Iterator[Path]:
         copy = Path(folder) / "copy.db"
         try:
             shutil.copyfile(path, copy)
-            shutil.copyfile(beside(path, "-wal"), beside(copy, "-wal"))
+            for suffix in ("-wal", "-journal"):
+                if beside(path, suffix).exists():
+                    shutil.copyfile(beside(path, suffix), beside(copy, suffix))
         except OSError as error:
             raise sqlite3.OperationalError(f"unable to open database file: {error.strerror}") from error
         yield copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,21 @@ from sqlite_utils import Database, Migrations
 
 from autofuse.cache_db.faults import ELSEWHERE, RESTORE, fault
 
-__all__ = ["columns_of", "first_pending", "is_blank", "is_current", "migrate", "migrations"]
+__all__ = [
+    "check_known",
+    "columns_in",
+    "columns_of",
+    "first_pending",
+    "is_blank",
+    "is_current",
+    "migrate",
+    "migrations",
+    "objects",
+]
 
 migrations = Migrations("autofuse")
+
+_TABLES_FROM_THE_FIRST = ("targets", "problems", "provenance", "trials", "baselines", "winners", "captured")
 
 
 def is_blank(db: Database) -> bool:
@@ -45,6 +58,30 @@ def migrate(db: Database, path: Path) -> None:
     """
     migrations.apply(db)
     _check_columns(db, path)
+
+
+def check_known(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises DatabaseError where a file's schema is neither the present one nor an earlier one of ours."""
+    db = Database(connection, execute_plugins=False)
+    if not is_blank(db) and is_current(db, path):
+        return
+    known = set(db.table_names())
+    for table in _TABLES_FROM_THE_FIRST:
+        if table not in known:
+            raise fault(path, f"lacks the table {table}", RESTORE)
+
+
+@cache
+def objects() -> tuple[tuple[str, str, str], ...]:
+    """(type, name, SQL) of everything that the present schema has."""
+    db = Database(memory=True)
+    migrations.apply(db)
+    return tuple(map(tuple, db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()))
+
+
+def columns_in(connection: sqlite3.Connection, table: str) -> tuple[str, ...]:
+    """The columns that a table has in some file."""
+    return tuple(row[1] for row in connection.execute(f"PRAGMA table_info({table})"))
 
 
 def _migration_names() -> set[str]:

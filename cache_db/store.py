@@ -32,6 +32,7 @@ from autofuse.cache_db.rows import (
     target_row,
     to_row,
 )
+from autofuse.cache_db.schema import columns_of
 from autofuse.errors import BadInput
 from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
@@ -185,6 +186,36 @@ class TunedDatabase:
         key = key_of(trial)
         with self.transaction():
             self._db.execute(f"DELETE FROM trials WHERE {_equal(key)}", key)
+
+    def trim_history(self, keep: int) -> None:
+        """Removes winners of before but the last ``keep`` of each bucket."""
+        newer = "target = h.target AND problem = h.problem AND tokens = h.tokens AND seq > h.seq"
+        with self.transaction():
+            self._db.execute(
+                "DELETE FROM history WHERE seq IN (SELECT seq FROM history AS h"
+                f" WHERE (SELECT count(*) FROM history WHERE {newer}) >= ?)",
+                [keep],
+            )
+
+    def drop_orphans(self) -> int:
+        """Removes provenance, problems and targets that nothing names; returns how many of the first."""
+        with self.transaction():
+            gone = 0
+            for parent, column in (("problems", "problem"), ("targets", "target"), ("provenance", "provenance")):
+                named = " UNION ".join(
+                    f"SELECT {column} FROM {table}"
+                    for table in (*TABLE_OF.values(), "history")
+                    if column in columns_of(table)
+                )
+                gone = self._db.execute(
+                    f"DELETE FROM {parent} WHERE id NOT IN (SELECT {column} FROM ({named}) WHERE {column} NOT NULL)"
+                ).rowcount
+            return gone
+
+    def compact(self) -> None:
+        """Gives the space of what was removed back to the file system."""
+        with self._lock, self._explained():
+            self._db.execute("VACUUM")
 
     def forget_captured(self, site: Captured) -> None:
         """Removes a site, whenever it was seen; nothing happens where it is unknown."""
@@ -368,7 +399,7 @@ class TunedDatabase:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
             raise explain_sqlite_error(self.path, error) from error
 
     def _file_identity(self) -> tuple[int, int] | None:

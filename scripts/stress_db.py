@@ -24,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -512,7 +512,7 @@ def main() -> int:
             for line in (*(f"{what}: {count}" for what, count in sorted(outcome.counts.items())), *outcome.faults[:20]):
                 print(f"  {line}")
     if args.json:
-        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
     return 1 if any(outcome.faults for outcome in outcomes) else 0
 
 
