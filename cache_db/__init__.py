@@ -15,6 +15,7 @@ from autofuse.cache_db.exchange import (
     import_into,
     preview_import,
     read_export,
+    usable_export,
 )
 from autofuse.cache_db.faults import AbsentDatabaseError, DamagedDatabaseError
 from autofuse.cache_db.files import default_path
@@ -66,5 +67,6 @@ __all__ = [
     "preview_import",
     "read_export",
     "repair",
+    "usable_export",
     "winners_digest",
 ]

@@ -35,6 +35,7 @@ __all__ = [
     "import_into",
     "preview_import",
     "read_export",
+    "usable_export",
 ]
 
 
@@ -126,6 +127,11 @@ def read_export(path: Path) -> Content:
     except OSError as error:
         raise BadInput(f"cannot import {path}: {error.strerror}; name a file that can be read") from None
     return read_lines(path) if path.suffix == ".jsonl" else read_sqlite(path)
+
+
+def usable_export(path: Path) -> Content:
+    """What of a file is of use here; see ``import_into``. Raises BadInput, DatabaseError."""
+    return _of_use(read_export(path), str(path))[0]
 
 
 def import_into(database: TunedDatabase, source: Path | str, *, trust: bool = False) -> ImportSummary:

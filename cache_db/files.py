@@ -28,12 +28,15 @@ __all__ = [
     "check_writable",
     "connect",
     "default_path",
+    "lower_paths",
     "permits",
     "read_untouched",
 ]
 
 BUSY_TIMEOUT_S = 10.0
 """How long to wait for another process's write before giving up."""
+
+_SHIPPED = Path(__file__).with_name("shipped.db")
 
 _CALM_S = 0.01  # how long other processes take to make or remove the files beside the database
 _FAILURES = 3  # a read that fails so often while nothing changes has failed
@@ -54,6 +57,14 @@ def default_path() -> Path:
     # A relative XDG_CACHE_HOME is to be ignored, says the XDG Base Directory Specification.
     folder = Path(cache) if os.path.isabs(cache) else _at_home(Path("~/.cache"))
     return folder / "autofuse" / "tuned.db"
+
+
+def lower_paths() -> tuple[Path, ...]:
+    """The databases below a user's own, the upper ones first: those that ``AUTOFUSE_DB_PATH`` names, separated by
+    colons, which a site shares and nobody writes; then the one that came with this installation, if one did.
+    """
+    named = os.environ.get("AUTOFUSE_DB_PATH", "").split(os.pathsep)
+    return (*(_at_home(Path(name)) for name in named if name), *([_SHIPPED] if _SHIPPED.exists() else []))
 
 
 def _at_home(path: Path) -> Path:
@@ -176,4 +187,5 @@ def _stamp(path: Path) -> _Stamp:
     with suppress(OSError):
         status = path.stat()
         file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return _Stamp(file, *(beside(path, suffix).exists() for suffix in ("-wal", "-shm", "-journal")))
+    real = os.path.realpath(path)
+    return _Stamp(file, *(os.path.exists(f"{real}{suffix}") for suffix in ("-wal", "-shm", "-journal")))

@@ -19,6 +19,7 @@ __all__ = [
     "is_blank",
     "is_current",
     "migrate",
+    "migration_names",
     "migrations",
     "objects",
 ]
@@ -43,7 +44,7 @@ def is_current(db: Database, path: Path) -> bool:
         tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         listed = ", ".join(tables[:3]) + (", …" if len(tables) > 3 else "")
         raise fault(path, f"belongs to another program (its tables: {listed or 'none'})", ELSEWHERE)
-    if applied - _migration_names():
+    if applied - migration_names():
         raise fault(path, "was written by a newer autofuse", f"upgrade autofuse or {ELSEWHERE}")
     if migrations.pending(db):
         return False
@@ -84,7 +85,8 @@ def columns_in(connection: sqlite3.Connection, table: str) -> tuple[str, ...]:
     return tuple(row[1] for row in connection.execute(f"PRAGMA table_info({table})"))
 
 
-def _migration_names() -> set[str]:
+def migration_names() -> set[str]:
+    """Of all migrations to the present schema."""
     return {migration.name for migration in migrations.pending(Database(memory=True))}
 
 
