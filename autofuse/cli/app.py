@@ -20,6 +20,7 @@ from autofuse.cli.doctor import doctor
 from autofuse.cli.exchange import diff, export, import_
 from autofuse.cli.history import gc, rollback
 from autofuse.cli.ops import ops
+from autofuse.cli.report import report
 from autofuse.cli.show import show
 from autofuse.cli.tune import tune
 from autofuse.cli.why import why
@@ -44,6 +45,7 @@ app.command()(ops)
 app.command()(tune)
 app.command()(show)
 app.command()(why)
+app.command()(report)
 app.command()(export)
 app.command("import")(import_)
 app.command()(diff)
