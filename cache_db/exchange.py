@@ -11,7 +11,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def usable_export(path: Path) -> Content:
     return _of_use(read_export(path), str(path))[0]
 
 
-def import_into(database: TunedDatabase, source: Path | str, *, trust: bool = False) -> ImportSummary:
+def import_into(database: TunedDatabase | Path, source: Path | str, *, trust: bool = False) -> ImportSummary:
     """Takes over what ``source``, an export or a database itself, holds: all of it that is of use here, or nothing.
 
     Every row is checked before the first is written. A row from elsewhere is a candidate: its config is worth trying
@@ -147,20 +147,23 @@ def import_into(database: TunedDatabase, source: Path | str, *, trust: bool = Fa
     or one with a config outside the search space of the kernel as it is here, is refused.
 
     Args:
+        database: open for writing, or where it is; it is made only once ``source`` was found to be in order.
         source: a path, or the URL of one (``https://…``, ``s3://…``) where fsspec is installed.
 
     Raises BadInput, naming file and line, and DatabaseError.
     """
     with _fetched(source) as path:
-        if database.path.exists() and path.exists() and os.path.samefile(path, database.path):
+        where = database if isinstance(database, Path) else database.path
+        if where.exists() and path.exists() and os.path.samefile(path, where):
             raise BadInput(f"cannot import {source} into itself; name another file")
         content, useless = _of_use(read_export(path), str(source))
-        with database.transaction():
-            plan = _planned(database, content, trust, useless)
+        opening = TunedDatabase(database) if isinstance(database, Path) else nullcontext(database)
+        with opening as opened, opened.transaction():
+            plan = _planned(opened, content, trust, useless)
             for id in sorted({record.provenance for record in plan.records} - {""}):
-                database.record_provenance(content.provenance[id])
+                opened.record_provenance(content.provenance[id])
             for record in plan.records:
-                database.record(record)
+                opened.record(record)
         return plan.summary
 
 

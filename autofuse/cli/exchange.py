@@ -97,12 +97,7 @@ def import_(
     Example: autofuse import h200.jsonl --dry-run
     """
     where = database or default_path()
-    if dry_run:
-        summary = preview_import(where, path, trust=trust)
-    else:
-        preview_import(where, path, trust=trust)  # before a database is made for a file that is none
-        with TunedDatabase(where) as opened:
-            summary = import_into(opened, path, trust=trust)
+    summary = (preview_import if dry_run else import_into)(where, path, trust=trust)
     if json:
         conflicts = [{"stays": each.stays, "here": each.here, "there": each.there} for each in summary.conflicts]
         facts = {"new": summary.new, "kept": summary.kept, "replaced": summary.replaced, "left_out": summary.left_out}

@@ -93,7 +93,7 @@ def _show_trials(trials: list[Trial], json: bool) -> None:
             [
                 [
                     trial.tokens,
-                    trial.status,
+                    trial.status + (", imported" if trial.standing == "candidate" else ""),
                     microseconds(trial.time_us),
                     microseconds(trial.spread_us),
                     None if trial.error is None else f"{trial.error:.2f}",
