@@ -4,7 +4,8 @@
 
 ``first``: from a path to the first answer, in a process that has asked another database before; ``again``: the same
 question once more, as each further graph of a process asks it; ``other``: the first question about another problem.
-Times are medians, and in brackets the least: what the machine does when nothing else runs on it.
+Times are medians of the thread's CPU time, and in brackets the least: the file is in the page cache, so nothing waits
+for a disk, and whatever else the machine runs does not count.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ def measure(path: Path, problems: int) -> dict[str, float]:
     first, other = [], []
     for repetition in range(REPETITIONS):
         asked, next_asked = problem(repetition % problems), problem((repetition + 1) % problems)
-        begin = time.perf_counter()
+        begin = time.thread_time()
         snapshot = Snapshot.load(path, TARGET)
         assert snapshot.lookup(asked, 64, 64, SOURCE).rule in ("exact", "nearest", "between", "untuned")
-        middle = time.perf_counter()
+        middle = time.thread_time()
         snapshot.lookup(next_asked, 2, 64, SOURCE)
-        other.append(time.perf_counter() - middle)
+        other.append(time.thread_time() - middle)
         first.append(middle - begin)
     asked = problem(0)
-    calls = timeit.repeat(lambda: snapshot.lookup(asked, 64, 64, SOURCE), number=CALLS // 10, repeat=10)
+    calls = timeit.repeat(
+        lambda: snapshot.lookup(asked, 64, 64, SOURCE), timer=time.thread_time, number=CALLS // 10, repeat=10
+    )
     calls = [seconds / (CALLS // 10) for seconds in calls]
     return {
         f"{name}{suffix}_us": summary(seconds) * 1e6
