@@ -1,7 +1,8 @@
 """autofuse: fused LLM kernels, tuned per GPU and shape, used where they are measured to be faster.
 
 ``import autofuse`` registers the fused ops as ``torch.ops.autofuse.*``; ``torch.compile(model, backend="autofuse")``
-uses them. ``autofuse.tune`` measures them, ``autofuse.explain`` says what becomes of a model and why.
+uses them. ``autofuse.tune`` measures them, ``autofuse.explain`` says what becomes of a model and why,
+``autofuse.load_plan`` pins what was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from autofuse.runtime.dispatch import registry
 
 if TYPE_CHECKING:
     from autofuse.graph.explain import explain
+    from autofuse.graph.pinned import load_plan
     from autofuse.tuner.api import tune
 
 try:
@@ -23,10 +25,10 @@ try:
 except PackageNotFoundError:  # a source tree that nobody installed
     __version__ = "0+unknown"
 
-__all__ = ["AutofuseError", "__version__", "explain", "tune"]
+__all__ = ["AutofuseError", "__version__", "explain", "load_plan", "tune"]
 
 # Imported on first use: whoever only runs a compiled model needs neither optuna nor the graph passes.
-_LAZY = {"explain": "autofuse.graph.explain", "tune": "autofuse.tuner.api"}
+_LAZY = {"explain": "autofuse.graph.explain", "load_plan": "autofuse.graph.pinned", "tune": "autofuse.tuner.api"}
 
 registry.define()
 layer_ops.define()

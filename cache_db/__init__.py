@@ -6,12 +6,25 @@
 DatabaseError that names it and says what to do.
 """
 
-from autofuse.cache_db.exchange import ExportSummary, ImportSummary, export_database, import_into
-from autofuse.cache_db.faults import AbsentDatabaseError
+from autofuse.cache_db.difference import Difference, compare
+from autofuse.cache_db.exchange import (
+    Conflict,
+    ExportSummary,
+    ImportSummary,
+    export_database,
+    import_into,
+    preview_import,
+    read_export,
+    usable_export,
+)
+from autofuse.cache_db.faults import AbsentDatabaseError, DamagedDatabaseError
 from autofuse.cache_db.files import default_path
+from autofuse.cache_db.foreign import is_stale
+from autofuse.cache_db.garbage import KEPT_WINNERS, collect_garbage
 from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
 from autofuse.cache_db.records import (
     BASELINE_KINDS,
+    STANDINGS,
     TRIAL_STATUSES,
     Baseline,
     Captured,
@@ -19,26 +32,41 @@ from autofuse.cache_db.records import (
     Winner,
     winners_digest,
 )
-from autofuse.cache_db.store import Provenance, TunedDatabase
+from autofuse.cache_db.repair import RepairSummary, repair
+from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
     "BASELINE_KINDS",
+    "KEPT_WINNERS",
     "LOOKUP_RULES",
+    "STANDINGS",
     "TRIAL_STATUSES",
     "AbsentDatabaseError",
     "Baseline",
     "Captured",
+    "Conflict",
+    "DamagedDatabaseError",
+    "Difference",
     "ExportSummary",
+    "FormerWinner",
     "ImportSummary",
     "Lookup",
     "Provenance",
+    "RepairSummary",
     "Snapshot",
     "Trial",
     "TunedDatabase",
     "Winner",
+    "collect_garbage",
+    "compare",
     "default_path",
     "explain_lookup",
     "export_database",
     "import_into",
+    "is_stale",
+    "preview_import",
+    "read_export",
+    "repair",
+    "usable_export",
     "winners_digest",
 ]

@@ -7,19 +7,33 @@ from pathlib import Path
 
 from autofuse.errors import DatabaseError
 
-__all__ = ["ELSEWHERE", "RESTORE", "AbsentDatabaseError", "explain_os_error", "explain_sqlite_error", "fault"]
+__all__ = [
+    "ELSEWHERE",
+    "RESTORE",
+    "AbsentDatabaseError",
+    "DamagedDatabaseError",
+    "explain_os_error",
+    "explain_sqlite_error",
+    "fault",
+]
 
 
 class AbsentDatabaseError(DatabaseError):
     """There is no file at the path that was to be read."""
 
 
+class DamagedDatabaseError(DatabaseError):
+    """A file that may hold rows which can still be saved."""
+
+
 ELSEWHERE = "set AUTOFUSE_DB to another file"
-RESTORE = f"restore it from an export or move it away and run `autofuse tune` again, or {ELSEWHERE}"
+RESTORE = f"`autofuse doctor --repair` saves what can be read, or restore it from an export, or {ELSEWHERE}"
+
+_NOT_OURS = f"move it away or {ELSEWHERE}; if it was one, `autofuse doctor --repair` saves what can be read"
 
 # SQLite's own texts for its result codes, which are part of its interface; Python 3.10 hands on nothing else.
 _SQLITE_FAULTS: tuple[tuple[str, str, str], ...] = (
-    ("file is not a database", "is not a SQLite database", f"move it away or {ELSEWHERE}"),
+    ("file is not a database", "is not a SQLite database", _NOT_OURS),
     ("malformed", "is damaged or cut short", RESTORE),
     ("locked", "is locked by another process", "try again when that has finished"),
     (
@@ -51,11 +65,12 @@ _SQLITE_FAULTS: tuple[tuple[str, str, str], ...] = (
 
 def fault(path: Path, what: str, remedy: str) -> DatabaseError:
     """``what`` continues "database <path> …"; ``remedy`` says what to do."""
-    return DatabaseError(f"database {path} {what}; {remedy}")
+    kind = DamagedDatabaseError if remedy in (RESTORE, _NOT_OURS) else DatabaseError
+    return kind(f"database {path} {what}; {remedy}")
 
 
-def explain_sqlite_error(path: Path, error: sqlite3.Error) -> DatabaseError:
-    text = str(error)
+def explain_sqlite_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> DatabaseError:
+    text = "malformed" if isinstance(error, UnicodeDecodeError) else str(error)
     for fragment, what, remedy in _SQLITE_FAULTS:
         if fragment in text:
             return fault(path, what, remedy)

@@ -21,10 +21,22 @@ from typing import Literal, TypeVar
 
 from autofuse.cache_db.faults import ELSEWHERE, explain_os_error, explain_sqlite_error, fault
 
-__all__ = ["BUSY_TIMEOUT_S", "check_readable", "check_writable", "connect", "default_path", "permits", "read_untouched"]
+__all__ = [
+    "BUSY_TIMEOUT_S",
+    "beside",
+    "check_readable",
+    "check_writable",
+    "connect",
+    "default_path",
+    "lower_paths",
+    "permits",
+    "read_untouched",
+]
 
 BUSY_TIMEOUT_S = 10.0
 """How long to wait for another process's write before giving up."""
+
+_SHIPPED = Path(__file__).with_name("shipped.db")
 
 _CALM_S = 0.01  # how long other processes take to make or remove the files beside the database
 _FAILURES = 3  # a read that fails so often while nothing changes has failed
@@ -45,6 +57,14 @@ def default_path() -> Path:
     # A relative XDG_CACHE_HOME is to be ignored, says the XDG Base Directory Specification.
     folder = Path(cache) if os.path.isabs(cache) else _at_home(Path("~/.cache"))
     return folder / "autofuse" / "tuned.db"
+
+
+def lower_paths() -> tuple[Path, ...]:
+    """The databases below a user's own, the upper ones first: those that ``AUTOFUSE_DB_PATH`` names, separated by
+    colons, which a site shares and nobody writes; then the one that came with this installation, if one did.
+    """
+    named = os.environ.get("AUTOFUSE_DB_PATH", "").split(os.pathsep)
+    return (*(_at_home(Path(name)) for name in named if name), *([_SHIPPED] if _SHIPPED.exists() else []))
 
 
 def _at_home(path: Path) -> Path:
@@ -97,8 +117,9 @@ def read_untouched(path: Path, read: Callable[[sqlite3.Connection], _T], timeout
 
     An ordinary read-only connection to a database in WAL mode makes the log and its index where they are missing, and
     cannot be opened at all in a read-only folder. Hence: where no log is, the file alone is the database and is read
-    as immutable; where a log stays without an index, nobody has the database open, and a copy of both is read. Either
-    is done again if the files changed meanwhile, since other processes come and go.
+    as immutable; where a log stays without an index, or a journal that a killed process left, nobody has the database
+    open, and a copy of both is read. Either is done again if the files changed meanwhile, since other processes come
+    and go.
 
     Raises sqlite3.Error.
     """
@@ -107,8 +128,10 @@ def read_untouched(path: Path, read: Callable[[sqlite3.Connection], _T], timeout
     while True:
         before = _stamp(path)
         try:
-            if before.log and not (before.index and failures < _FAILURES - 1):
-                # Not at once: a process that opens the database makes the log first and its index next.
+            last = failures == _FAILURES - 1
+            if (before.log and (last or not before.index)) or (before.journal and last):
+                # Not at once: a process that opens the database makes the log first and its index next, and one that
+                # still writes takes its journal away.
                 time.sleep(_CALM_S)
                 with _copied(path) as copy, closing(connect(copy, "rw", timeout_s)) as connection:
                     result = read(connection)
@@ -135,13 +158,16 @@ def _copied(path: Path) -> Iterator[Path]:
         copy = Path(folder) / "copy.db"
         try:
             shutil.copyfile(path, copy)
-            shutil.copyfile(_beside(path, "-wal"), _beside(copy, "-wal"))
+            for suffix in ("-wal", "-journal"):
+                if beside(path, suffix).exists():
+                    shutil.copyfile(beside(path, suffix), beside(copy, suffix))
         except OSError as error:
             raise sqlite3.OperationalError(f"unable to open database file: {error.strerror}") from error
         yield copy
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """The file that SQLite keeps beside a database: its log, the log's index, or its journal."""
     # SQLite follows a symbolic link and keeps its log beside the file itself.
     return Path(f"{os.path.realpath(path)}{suffix}")
 
@@ -161,4 +187,5 @@ def _stamp(path: Path) -> _Stamp:
     with suppress(OSError):
         status = path.stat()
         file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return _Stamp(file, *(_beside(path, suffix).exists() for suffix in ("-wal", "-shm", "-journal")))
+    real = os.path.realpath(path)
+    return _Stamp(file, *(os.path.exists(f"{real}{suffix}") for suffix in ("-wal", "-shm", "-journal")))

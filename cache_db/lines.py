@@ -12,23 +12,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
-from autofuse.cache_db.records import Baseline, Trial, Winner, parse_time
+from autofuse.cache_db.foreign import Measured, check_measured, check_text
+from autofuse.cache_db.records import Baseline, Trial, Winner
 from autofuse.cache_db.rows import TABLE_OF, from_row, key_of, to_row
 from autofuse.cache_db.store import Provenance, provenance_id
 from autofuse.errors import BadInput
 
-__all__ = ["KIND_OF", "Content", "Measured", "check_measured", "malformed", "read_lines", "write_lines"]
+__all__ = ["KIND_OF", "Content", "malformed", "read_lines", "write_lines"]
 
 FORMAT = "autofuse-tuned"
 FORMAT_VERSION = 1
 
-_CLOCK_SKEW = timedelta(days=1)  # how far ahead of ours another machine's clock may be
-
-Measured = Trial | Baseline | Winner
+_LONGEST_LINE = 1 << 18  # bytes
 _KINDS: tuple[type[Measured], ...] = (Trial, Baseline, Winner)
 KIND_OF: Mapping[str, type[Measured]] = {TABLE_OF[kind]: kind for kind in _KINDS}
 """Table → the records that travel in it. Captured sites stay where they were seen."""
@@ -61,6 +59,7 @@ def _lines(content: Content) -> Iterator[dict[str, object]]:
         yield {"table": "provenance", "id": id, "fields": dict(sorted(fields.items()))}
     for record in content.records:
         row = to_row(record)
+        del row["standing"]  # what it is here says nothing there
         if row.get("error") == math.inf:
             row["error"] = "inf"  # JSON has no infinity
         yield {"table": TABLE_OF[type(record)], **row}
@@ -72,7 +71,9 @@ def read_lines(path: Path) -> Content:
     number = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_bounded(file), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise BadInput(f"the line is longer than {_LONGEST_LINE} bytes")
                 row = json.loads(line.decode(), parse_constant=_no_constant)
                 if not isinstance(row, dict):
                     raise BadInput("not an object with a table")
@@ -96,6 +97,11 @@ def read_lines(path: Path) -> Content:
     return content
 
 
+def _bounded(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, none of them read further than to one byte more than is allowed."""
+    return iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+
+
 def _check_header(row: Mapping[str, object]) -> None:
     if row.get("format") != FORMAT:
         raise BadInput("not the header of an autofuse export")
@@ -109,6 +115,7 @@ def _read_row(provenance: dict[str, Provenance], row: dict[str, object]) -> Meas
         fields = row.get("fields")
         if row.keys() != {"id", "fields"} or not isinstance(fields, dict):
             raise BadInput("provenance must have an id and fields")
+        check_text([*fields, *fields.values()])
         if provenance_id(fields) != row["id"]:
             raise BadInput(f"provenance {row['id']!r} is not the id of its fields")
         provenance[provenance_id(fields)] = fields
@@ -118,20 +125,12 @@ def _read_row(provenance: dict[str, Provenance], row: dict[str, object]) -> Meas
         raise BadInput(f"unknown table {table!r}")
     if row.get("error") == "inf":
         row["error"] = math.inf
-    return check_measured(from_row(kind, row))
+    check_text(row.values())
+    return check_measured(from_row(kind, {**row, "standing": "candidate"}))
 
 
 def _no_constant(text: str) -> NoReturn:
     raise BadInput(f"{text} is not a number")
-
-
-def check_measured(record: Measured) -> Measured:
-    """``record`` if another machine can have measured it. Raises BadInput."""
-    if not record.measured_at:
-        raise BadInput("measured_at is empty")
-    if parse_time(record.measured_at) > datetime.now(timezone.utc) + _CLOCK_SKEW:
-        raise BadInput(f"measured_at {record.measured_at} is in the future; check both machines' clocks")
-    return record
 
 
 def _check_provenance(content: Content) -> None:

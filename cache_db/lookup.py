@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from autofuse.cache_db.faults import AbsentDatabaseError
-from autofuse.cache_db.files import default_path
-from autofuse.cache_db.records import Winner, winners_digest
-from autofuse.cache_db.store import TunedDatabase
-from autofuse.errors import BadInput
+from autofuse.cache_db.files import default_path, lower_paths
+from autofuse.cache_db.layer import InMemory, OnDisk, open_layer
+from autofuse.cache_db.records import Winner
+from autofuse.errors import BadInput, DatabaseError
 from autofuse.ops.buckets import REACH, buckets_serving, within_reach
 from autofuse.ops.problem import Problem
 from autofuse.targets.base import Target
 
 __all__ = ["LOOKUP_RULES", "Lookup", "Snapshot", "explain_lookup"]
 
-LOOKUP_RULES = ("exact", "between", "nearest", "range", "stale", "untuned")
+_logger = logging.getLogger("autofuse.cache_db")
+
+LOOKUP_RULES = ("exact", "between", "nearest", "range", "candidate", "stale", "untuned")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Lookup:
     Attributes:
         rule: one of ``LOOKUP_RULES``.
         winners: the buckets that answer, the one whose config runs first; ascending for a range; empty where the rule
-            is ``stale`` or ``untuned``.
+            is ``candidate``, ``stale`` or ``untuned``.
         reason: the same as a sentence, fit for a report.
     """
 
@@ -42,16 +47,22 @@ class Lookup:
         return bool(self.winners) and all(winner.beats_baseline for winner in self.winners)
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """One target's winners as they were at one moment, in memory.
+    """One target's winners, as ``torch.compile`` asks for them: those of a database, and below it those of others.
+
+    A problem's winners are read when it is first looked up, and kept. What another process writes between loading and
+    that is answered by, too, although ``digest`` is of the moment of loading: a plan holds all that it needs, so a
+    graph that is cached under the earlier digest is as right as one under the later.
 
     Attributes:
         path: the database file.
         present: whether it was there; a snapshot of an absent database is empty.
         target: whose winners these are.
-        winners: by problem and tokens, stale ones too.
         digest: stands for all that a decision may depend on; see ``winners_digest``.
+        below: what is asked where this has no answer.
+
+    Args:
+        winners: by problem and tokens, stale ones and candidates too; or where they are to be read from.
 
     Example:
         >>> empty = Snapshot(Path("tuned.db"), False, Target("cpu", "x86-64-v4", "EPYC"), ())
@@ -59,32 +70,79 @@ class Snapshot:
         'op(width=512) was never tuned on cpu:x86-64-v4:EPYC: run `autofuse tune`'
     """
 
-    path: Path
-    present: bool
-    target: Target
-    winners: tuple[Winner, ...]
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", winners_digest(self.winners))
+    def __init__(
+        self,
+        path: Path,
+        present: bool,
+        target: Target,
+        winners: Iterable[Winner] | InMemory | OnDisk,
+        below: Snapshot | None = None,
+    ) -> None:
+        self.path, self.present, self.target, self.below = path, present, target, below
+        self._layer = winners if isinstance(winners, (InMemory, OnDisk)) else InMemory(winners)
+        self._winners: dict[Problem, Sequence[Winner]] = {}
+        self._answers: dict[tuple[Problem, int, int, str], Lookup] = {}
+        mine = self._layer.digest
+        self.digest: str = mine if below is None else hashlib.sha256(f"{mine}|{below.digest}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: Path | None, target: Target) -> Snapshot:
-        """Reads ``path``, else ``default_path()``. An absent file gives an empty snapshot. Raises DatabaseError."""
+    def load(cls, path: Path | None, target: Target, *, alone: bool = False) -> Snapshot:
+        """Reads ``path``, else ``default_path()``, over those of ``lower_paths()`` unless it is to be ``alone``.
+
+        An absent file gives an empty snapshot. A lower one that cannot be read is passed over with a warning. Raises
+        DatabaseError.
+        """
         path = path if path is not None else default_path()
+        below: Snapshot | None = None
+        for lower in () if alone else reversed(lower_paths()):
+            try:
+                below = cls(lower, True, target, open_layer(lower, target), below)
+            except AbsentDatabaseError:
+                _logger.debug("there is no %s", lower)
+            except DatabaseError as error:
+                _warn_once(f"a database of AUTOFUSE_DB_PATH is passed over: {error}")
         try:
-            with TunedDatabase(path, read_only=True) as database:
-                return cls(path, True, target, tuple(database.winners(target)))
+            return cls(path, True, target, open_layer(path, target), below)
         except AbsentDatabaseError:
-            return cls(path, False, target, ())
+            return cls(path, False, target, (), below)
+
+    @property
+    def winners(self) -> tuple[Winner, ...]:
+        """All of this database's winners but candidates, by problem and tokens. Raises DatabaseError."""
+        return tuple(winner for winner in self._layer.of(None) if winner.standing != "candidate")
+
+    def layers(self) -> Iterator[Snapshot]:
+        """This one, and those below it."""
+        layer: Snapshot | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.below
 
     def buckets(self, problem: Problem, source_hash: str) -> list[Winner]:
-        """The problem's fresh winners, by tokens."""
-        return [w for w in self.winners if w.problem == problem and w.source_hash == source_hash]
+        """The problem's fresh winners, by tokens: of the uppermost database that has some. Raises DatabaseError."""
+        for layer in self.layers():
+            if found := layer.own_buckets(problem, source_hash):
+                return found
+        return []
+
+    def own_buckets(self, problem: Problem, source_hash: str) -> list[Winner]:
+        """The problem's fresh winners in this database alone, by tokens. Raises DatabaseError."""
+        fresh = (winner for winner in self._of(problem) if winner.source_hash == source_hash)
+        return [winner for winner in fresh if winner.standing != "candidate"]
+
+    def candidates(self, problem: Problem, source_hash: str) -> list[Winner]:
+        """The problem's imported winners that are not measured here, by tokens. Raises DatabaseError."""
+        fresh = (winner for winner in self._of(problem) if winner.source_hash == source_hash)
+        return [winner for winner in fresh if winner.standing == "candidate"]
 
     def stale(self, problem: Problem, source_hash: str) -> list[Winner]:
         """The problem's winners that were measured with another version of the kernel, by tokens."""
-        return [w for w in self.winners if w.problem == problem and w.source_hash != source_hash]
+        return [winner for winner in self._of(problem) if winner.source_hash != source_hash]
+
+    def _of(self, problem: Problem) -> Sequence[Winner]:
+        if problem not in self._winners:
+            self._winners[problem] = self._layer.of(problem)
+        return self._winners[problem]
 
     def lookup(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
         """What answers for a call of T tokens, ``tokens_low`` ≤ T ≤ ``tokens_high``; equal for a static T.
@@ -94,13 +152,26 @@ class Snapshot:
         (``nearest``); a range by every bucket that serves some T in it (``range``). Outside of what was tuned, winners
         answer no further than ``within_reach`` says: beyond, the rule is ``untuned`` and the reason names the T to
         tune at. Winners of another source hash are passed over; where there are no others the rule is ``stale``, and
-        without any ``untuned``.
+        without any ``untuned``; ``candidate`` where another machine's are, which decide nothing. Where this database
+        has no winner that answers, those below are asked in turn. The same question is answered from memory.
 
-        Raises BadInput for a range that is none.
+        Raises BadInput for a range that is none, DatabaseError.
         """
+        asked = (problem, tokens_low, tokens_high, source_hash)
+        answer = self._answers.get(asked)
+        if answer is None:
+            answer = self._answers[asked] = self._look_up(*asked)
+        return answer
+
+    def _look_up(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
+        answers = (layer._own_answer(problem, tokens_low, tokens_high, source_hash) for layer in self.layers())
+        first = next(answers)
+        return first if first.winners else next((answer for answer in answers if answer.winners), first)
+
+    def _own_answer(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
         if not 0 <= tokens_low <= tokens_high:
             raise BadInput(f"tokens from {tokens_low} to {tokens_high} are not a range from 0 upwards")
-        buckets = self.buckets(problem, source_hash)
+        buckets = self.own_buckets(problem, source_hash)
         if not buckets:
             return self._without_buckets(problem, source_hash)
         tokens = [winner.tokens for winner in buckets]
@@ -146,6 +217,13 @@ class Snapshot:
         )
 
     def _without_buckets(self, problem: Problem, source_hash: str) -> Lookup:
+        if candidates := self.candidates(problem, source_hash):
+            return Lookup(
+                "candidate",
+                (),
+                f"{problem} was imported for {_tokens(candidates)} on {self.target}, but not measured here: run "
+                "`autofuse tune`, or import it with --trust",
+            )
         if stale := self.stale(problem, source_hash):
             return Lookup(
                 "stale",
@@ -162,17 +240,21 @@ def explain_lookup(
     """The way to ``Snapshot.lookup``'s answer, a line a step. Raises BadInput as it does."""
     answer = snapshot.lookup(problem, tokens_low, tokens_high, source_hash)
     lines = [
-        f"database: {snapshot.path}" + ("" if snapshot.present else " (does not exist)"),
-        f"target: {snapshot.target} ({len(snapshot.winners)} winners, digest {snapshot.digest[:10]})",
+        f"target: {snapshot.target} (digest {snapshot.digest[:10]})",
         f"problem: {problem}",
         f"kernel: source {source_hash[:12]}",
         f"asked: {_asked(tokens_low, tokens_high)}",
     ]
-    buckets = snapshot.buckets(problem, source_hash)
-    lines.append(f"tuned: {_tokens(buckets)}" if buckets else "tuned: nothing with this kernel")
-    lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in buckets]
-    for winner in snapshot.stale(problem, source_hash):
-        lines.append(f"stale: T={winner.tokens}, measured {winner.measured_at} with source {winner.source_hash[:12]}")
+    for layer in snapshot.layers():
+        lines.append(f"database: {layer.path}" + ("" if layer.present else " (does not exist)"))
+        buckets = layer.own_buckets(problem, source_hash)
+        lines.append(f"tuned: {_tokens(buckets)}" if buckets else "tuned: nothing with this kernel")
+        lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in buckets]
+        for winner in layer.candidates(problem, source_hash):
+            lines.append(f"candidate: T={winner.tokens}: {winner.config}, imported, not measured here")
+        for winner in layer.stale(problem, source_hash):
+            source = winner.source_hash[:12]
+            lines.append(f"stale: T={winner.tokens}, measured {winner.measured_at} with source {source}")
     lines += [f"rule: {answer.rule}", f"answer: {answer.reason}"]
     for winner in answer.winners:
         verdict = "beats" if winner.beats_baseline else "does not beat"
@@ -194,6 +276,8 @@ def _tokens(winners: Sequence[Winner]) -> str:
 
 def _figures(winner: Winner) -> str:
     text = f"{_us(winner.time_us)} µs against {_us(winner.baseline_us)} µs ({winner.baseline}), {winner.gain:.2f}×"
+    if winner.standing == "trusted":
+        text += ", as imported"
     if winner.beats_baseline:
         return text
     return f"{text}, not faster beyond the noise ({winner.gain_low:.2f}–{winner.gain_high:.2f}×)"
@@ -201,3 +285,9 @@ def _figures(winner: Winner) -> str:
 
 def _us(time: float) -> str:
     return f"{time:.2f}" if time < 10 else f"{time:.1f}" if time < 100 else f"{time:.0f}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Logs ``message`` as a warning, the first time it is given."""
+    _logger.warning(message)

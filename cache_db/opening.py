@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
+import os
 import sqlite3
 import time
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 from sqlite_utils import Database
@@ -61,6 +65,8 @@ def open_file(path: Path, timeout_s: float) -> Database:
             # The lock at once: another process may be making the tables just now.
             db.execute("BEGIN IMMEDIATE")
             if not _is_current(db.conn, path):
+                if not schema.is_blank(db):
+                    _back_up(db, path, timeout_s)
                 schema.migrate(db, path)
             db.execute("COMMIT")
     except BaseException:
@@ -84,6 +90,32 @@ def _is_sound(connection: sqlite3.Connection, path: Path) -> bool:
     if damage != "ok":
         raise sqlite3.DatabaseError(f"database disk image is malformed: {damage}")
     return current
+
+
+def _back_up(db: Database, path: Path, timeout_s: float) -> None:
+    """Copies a database that is about to be brought up to date to a file beside it, which it never overwrites.
+
+    The caller holds the lock for writing: what is copied is what is changed. Raises DatabaseError.
+    """
+    temporary = path.with_name(f".{path.name}.backup.tmp")  # only who holds the lock uses it
+    name = f"{path.name}.before-{schema.first_pending(db)}"
+    try:
+        temporary.unlink(missing_ok=True)
+        with closing(connect(path, "ro", timeout_s)) as source, closing(sqlite3.connect(temporary)) as copy:
+            source.backup(copy)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        for number in count(1):
+            backup = path.with_name(name if number == 1 else f"{name}-{number}")
+            if not os.path.lexists(backup):
+                os.rename(temporary, backup)
+                break
+            if filecmp.cmp(temporary, backup, shallow=False):  # of an upgrade that did not come to its end
+                temporary.unlink()
+                break
+    except OSError as error:
+        raise fault(path, f"cannot be backed up before its upgrade: {error.strerror}", "make room beside it") from None
+    _logger.info("%s is brought up to date; as it was it is kept in %s", path, backup)
 
 
 def _switch_log_on(connection: sqlite3.Connection, path: Path, timeout_s: float) -> None:

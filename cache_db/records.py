@@ -19,11 +19,14 @@ from autofuse.targets.base import Target
 
 __all__ = [
     "BASELINE_KINDS",
+    "NO_WINNERS",
+    "STANDINGS",
     "TRIAL_STATUSES",
     "Baseline",
     "Captured",
     "Trial",
     "Winner",
+    "changed_digest",
     "now",
     "parse_time",
     "printable",
@@ -40,8 +43,15 @@ BASELINE_KINDS = ("eager", "compile", "graph")
 """The reference run eagerly; through plain ``torch.compile`` as a user calls it; and, on a CPU only, as the code that
 Inductor generated, called without Dynamo's guards."""
 
+STANDINGS = ("own", "trusted", "candidate")
+"""``own`` was measured with this database; ``trusted`` was imported and taken as if it were; ``candidate`` was imported
+and decides nothing: it only says what is worth measuring."""
+
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 """ISO 8601, UTC, whole seconds: as text it sorts as time does."""
+
+NO_WINNERS = "0" * 64
+"""The digest of no winners."""
 
 _LARGEST_INTEGER = 2**63 - 1  # SQLite's
 _LARGEST_NUMBER = 1e15  # whatever the unit, more was never measured
@@ -64,6 +74,7 @@ class Trial:
         registers, spill_bytes, shared_bytes: per thread, per thread, per block; None where the compiler did not say.
         provenance: what ``TunedDatabase.record_provenance`` returned, or empty.
         measured_at: UTC, in ``TIME_FORMAT``; the store fills it in where it is empty.
+        standing: one of ``STANDINGS``.
 
     Raises BadInput for values that no measurement can give.
     """
@@ -84,6 +95,7 @@ class Trial:
     shared_bytes: int | None = None
     provenance: str = ""
     measured_at: str = ""
+    standing: str = "own"
 
     def __post_init__(self) -> None:
         _check_key(self)
@@ -121,6 +133,7 @@ class Baseline:
     spread_us: float
     provenance: str = ""
     measured_at: str = ""
+    standing: str = "own"
 
     def __post_init__(self) -> None:
         _check_key(self)
@@ -157,6 +170,7 @@ class Winner:
     gain_high: float
     provenance: str = ""
     measured_at: str = ""
+    standing: str = "own"
 
     def __post_init__(self) -> None:
         _check_key(self)
@@ -217,14 +231,24 @@ def printable(text: str) -> str:
 def winners_digest(winners: Iterable[Winner]) -> str:
     """64 hexadecimal digits that stand for all that a decision may depend on; the order of ``winners`` does not matter.
 
-    Configs, source hashes, times and gains count; when and by which driver they were measured does not.
+    Configs, source hashes, times and gains count; when and by which driver they were measured does not. It is the sum
+    of each winner's own digest modulo 2²⁵⁶, so that the database keeps it up to date without reading all winners.
     """
-    lines = sorted(
+    return changed_digest(NO_WINNERS, added=winners)
+
+
+def changed_digest(digest: str, *, added: Iterable[Winner] = (), removed: Iterable[Winner] = ()) -> str:
+    """``digest`` of some winners, after these were added and removed."""
+    total = int(digest, 16) + sum(map(_winner_digest, added)) - sum(map(_winner_digest, removed))
+    return f"{total % (1 << 256):064x}"
+
+
+def _winner_digest(w: Winner) -> int:
+    line = (
         f"{w.target}|{w.problem}|{w.tokens}|{w.config}|{w.source_hash}|{w.time_us!r}"
-        f"|{w.baseline}|{w.baseline_us!r}|{w.gain!r}|{w.gain_low!r}|{w.gain_high!r}\n"
-        for w in winners
+        f"|{w.baseline}|{w.baseline_us!r}|{w.gain!r}|{w.gain_low!r}|{w.gain_high!r}"
     )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
 
 
 def _set(record: object, name: str, value: object) -> None:
@@ -302,3 +326,4 @@ def _check_origin(record: object) -> None:
     if _text(record, "provenance"):
         _check_word(record, "provenance")
     _check_time(record, "measured_at")
+    _check_choice(record, "standing", STANDINGS)

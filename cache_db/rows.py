@@ -14,6 +14,7 @@ from autofuse.targets.base import Target
 
 __all__ = [
     "KEY_OF",
+    "KINDS",
     "TABLE_OF",
     "Record",
     "RecordT",
@@ -30,6 +31,8 @@ Row = Mapping[str, object]
 RecordT = TypeVar("RecordT", bound=Record)
 
 TABLE_OF: Mapping[type, str] = {Trial: "trials", Baseline: "baselines", Winner: "winners", Captured: "captured"}
+
+KINDS: tuple[type[Record], ...] = (Trial, Baseline, Winner, Captured)
 
 KEY_OF: Mapping[type, tuple[str, ...]] = {
     Trial: ("target", "problem", "tokens", "config", "source_hash"),

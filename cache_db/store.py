@@ -11,16 +11,17 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
 from autofuse.cache_db.faults import RESTORE, explain_sqlite_error, fault
 from autofuse.cache_db.files import BUSY_TIMEOUT_S, default_path
 from autofuse.cache_db.opening import open_copy, open_file
-from autofuse.cache_db.records import Baseline, Captured, Trial, Winner, printable, winners_digest
+from autofuse.cache_db.records import Baseline, Captured, Trial, Winner, changed_digest, now, printable, winners_digest
 from autofuse.cache_db.rows import (
     KEY_OF,
+    KINDS,
     TABLE_OF,
     RecordT,
     Row,
@@ -31,15 +32,26 @@ from autofuse.cache_db.rows import (
     target_row,
     to_row,
 )
+from autofuse.cache_db.schema import columns_of
 from autofuse.errors import BadInput
-from autofuse.ops.problem import Problem
+from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
 
-__all__ = ["Provenance", "TunedDatabase", "provenance_id"]
+__all__ = ["FormerWinner", "Provenance", "TunedDatabase", "provenance_id"]
 
 _logger = logging.getLogger("autofuse.cache_db")
 
 Provenance = Mapping[str, str | int | float | None]
+
+_DECIDES = "standing <> 'candidate'"
+
+
+@dataclass(frozen=True)
+class FormerWinner:
+    """A winner that another took the place of, at ``replaced_at`` (UTC, in ``TIME_FORMAT``)."""
+
+    replaced_at: str
+    winner: Winner
 
 
 class TunedDatabase:
@@ -118,7 +130,9 @@ class TunedDatabase:
         return self.record(baseline)
 
     def record_winner(self, winner: Winner) -> Winner:
-        """Remembers a bucket's winner in place of the one before; returns it with its time filled in."""
+        """Remembers a bucket's winner in place of the one before, which is kept in ``history``; returns it with its
+        time filled in.
+        """
         return self.record(winner)
 
     def record_captured(self, site: Captured) -> Captured:
@@ -131,14 +145,77 @@ class TunedDatabase:
         with self.transaction():
             self._insert("targets", target_row(record.target), "IGNORE")
             self._insert("problems", problem_row(record.problem), "IGNORE")
-            self._insert(TABLE_OF[type(record)], to_row(record), "REPLACE")
+            if isinstance(record, Winner):
+                self._replace_winner(record)
+            else:
+                self._insert(TABLE_OF[type(record)], to_row(record), "REPLACE")
         return record
+
+    def record_former(self, former: FormerWinner) -> None:
+        """Remembers what was a bucket's winner once."""
+        with self.transaction():
+            self._insert("targets", target_row(former.winner.target), "IGNORE")
+            self._insert("problems", problem_row(former.winner.problem), "IGNORE")
+            self._insert("history", {**to_row(former.winner), "replaced_at": former.replaced_at}, "ABORT")
+
+    def roll_back(self, target: Target, problem: Problem, tokens: int) -> Winner | None:
+        """Makes the winner before the present one the winner again, and forgets the present one; returns it.
+
+        None where there was none before: nothing changes.
+        """
+        key = {"target": str(target), "problem": str(problem), "tokens": tokens}
+        with self.transaction():
+            query = f"SELECT max(seq) FROM history WHERE {_equal(key)}"
+            seq = self._db.execute(query, key).fetchone()[0]
+            if seq is None:
+                return None
+            former = next(f for f in self.history(target, problem, tokens, last=1))
+            self._replace_winner(former.winner, keep=False)
+            self._db.execute("DELETE FROM history WHERE seq = ?", [seq])
+        return former.winner
+
+    def forget_winner(self, winner: Winner) -> None:
+        """Removes the winner of the same key, whatever it is; nothing happens where there is none."""
+        key = key_of(winner)
+        with self.transaction():
+            self._db.execute(f"DELETE FROM winners WHERE {_equal(key)}", key)
+            self._write_digest(winner.target, None)
 
     def forget_trial(self, trial: Trial) -> None:
         """Removes the trial of the same key, whatever its outcome; nothing happens where there is none."""
         key = key_of(trial)
         with self.transaction():
             self._db.execute(f"DELETE FROM trials WHERE {_equal(key)}", key)
+
+    def trim_history(self, keep: int) -> None:
+        """Removes winners of before but the last ``keep`` of each bucket."""
+        newer = "target = h.target AND problem = h.problem AND tokens = h.tokens AND seq > h.seq"
+        with self.transaction():
+            self._db.execute(
+                "DELETE FROM history WHERE seq IN (SELECT seq FROM history AS h"
+                f" WHERE (SELECT count(*) FROM history WHERE {newer}) >= ?)",
+                [keep],
+            )
+
+    def drop_orphans(self) -> int:
+        """Removes provenance, problems and targets that nothing names; returns how many of the first."""
+        with self.transaction():
+            gone = 0
+            for parent, column in (("problems", "problem"), ("targets", "target"), ("provenance", "provenance")):
+                named = " UNION ".join(
+                    f"SELECT {column} FROM {table}"
+                    for table in (*TABLE_OF.values(), "history")
+                    if column in columns_of(table)
+                )
+                gone = self._db.execute(
+                    f"DELETE FROM {parent} WHERE id NOT IN (SELECT {column} FROM ({named}) WHERE {column} NOT NULL)"
+                ).rowcount
+            return gone
+
+    def compact(self) -> None:
+        """Gives the space of what was removed back to the file system."""
+        with self._lock, self._explained():
+            self._db.execute("VACUUM")
 
     def forget_captured(self, site: Captured) -> None:
         """Removes a site, whenever it was seen; nothing happens where it is unknown."""
@@ -169,9 +246,35 @@ class TunedDatabase:
     # Reading
 
     def trials(self, target: Target, problem: Problem, tokens: int, source_hash: str) -> list[Trial]:
-        """All trials of one bucket with this version of the kernel: the fastest first, failures last."""
+        """All trials of one bucket with this version of the kernel: the fastest first, failures last. No candidates."""
         key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
-        return self._select(Trial, f"{_equal(key)} ORDER BY time_us IS NULL, time_us, config", key)
+        return self._select(Trial, f"{_equal(key)} AND {_DECIDES} ORDER BY time_us IS NULL, time_us, config", key)
+
+    def priors(self, target: Target, problem: Problem, tokens: int, source_hash: str) -> list[Config]:
+        """The configs that another machine found good for this bucket and kernel, the fastest first: worth measuring
+        here before others.
+        """
+        key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
+        found: list[Trial | Winner] = []
+        for kind, good in ((Winner, "1"), (Trial, "status = 'ok'")):
+            found += self._select(kind, f"{_equal(key)} AND NOT {_DECIDES} AND {good}", key)
+        found.sort(key=lambda record: (record.time_us, str(record.config)))
+        return list(dict.fromkeys(record.config for record in found))
+
+    def history(
+        self, target: Target | None = None, problem: Problem | None = None, tokens: int | None = None, last: int = -1
+    ) -> list[FormerWinner]:
+        """What were winners once, the one that was replaced last first; at most ``last``. None means any."""
+        names = ", ".join(field.name for field in fields(Winner))
+        where = (
+            "(:target IS NULL OR target = :target) AND (:problem IS NULL OR problem = :problem)"
+            " AND (:tokens IS NULL OR tokens = :tokens)"
+        )
+        wanted = {"target": target and str(target), "problem": problem and str(problem), "tokens": tokens, "last": last}
+        with self._reading():
+            query = f"SELECT replaced_at, {names} FROM history WHERE {where} ORDER BY seq DESC LIMIT :last"
+            rows = [dict(row) for row in self._db.query(query, wanted)]
+            return [FormerWinner(str(row.pop("replaced_at")), from_row(Winner, row)) for row in rows]
 
     def failures(
         self, target: Target | None = None, op: str | None = None, problem: Problem | None = None
@@ -181,20 +284,21 @@ class TunedDatabase:
         return sorted(failed, key=lambda trial: (trial.status, trial.message))
 
     def baselines(self, target: Target, problem: Problem, tokens: int) -> dict[str, Baseline]:
-        """Kind → baseline of one bucket."""
+        """Kind → baseline of one bucket. No candidates."""
         key = {"target": str(target), "problem": str(problem), "tokens": tokens}
-        return {baseline.kind: baseline for baseline in self._select(Baseline, f"{_equal(key)} ORDER BY kind", key)}
+        found = self._select(Baseline, f"{_equal(key)} AND {_DECIDES} ORDER BY kind", key)
+        return {baseline.kind: baseline for baseline in found}
 
     def winners(
         self, target: Target | None = None, op: str | None = None, problem: Problem | None = None
     ) -> list[Winner]:
-        """Winners by target, problem and tokens, stale ones too; None means any."""
+        """Winners by target, problem and tokens, stale ones too, but no candidates; None means any."""
         return self.every(Winner, target, op, problem)
 
     def winner(self, target: Target, problem: Problem, tokens: int) -> Winner | None:
-        """The winner of exactly this bucket."""
+        """The winner of exactly this bucket, unless that is a candidate."""
         key = {"target": str(target), "problem": str(problem), "tokens": tokens}
-        return next(iter(self._select(Winner, _equal(key), key)), None)
+        return next(iter(self._select(Winner, f"{_equal(key)} AND {_DECIDES}", key)), None)
 
     def captured(self, target: Target | None = None) -> list[Captured]:
         """Sites that are still to be measured, by target, problem and tokens."""
@@ -206,13 +310,17 @@ class TunedDatabase:
         target: Target | None = None,
         op: str | None = None,
         problem: Problem | None = None,
+        *,
+        candidates: bool = False,
     ) -> list[RecordT]:
-        """All records of one kind, in the order of their keys; None means any."""
+        """All records of one kind, in the order of their keys; None means any. Candidates only if asked for."""
         where = (
             "(:target IS NULL OR target = :target) AND (:problem IS NULL OR problem = :problem)"
             " AND (:op IS NULL OR problem IN (SELECT id FROM problems WHERE op = :op))"
         )
         wanted = {"target": target and str(target), "problem": problem and str(problem), "op": op}
+        if not candidates and kind is not Captured:
+            where += f" AND {_DECIDES}"
         return self._select(kind, f"{where} ORDER BY {', '.join(KEY_OF[kind])}", wanted)
 
     def same_key(self, record: RecordT) -> RecordT | None:
@@ -233,11 +341,40 @@ class TunedDatabase:
                 return _clean(dict(json.loads(row["fields"])))
         raise fault(self.path, f"holds no provenance {id!r}", "use an id that a record of this database names")
 
+    def check(self) -> None:
+        """Reads everything. Raises DatabaseError where some of it is damaged."""
+        with self._reading():
+            damage = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise fault(self.path, f"is damaged or cut short: {damage}", RESTORE)
+        for kind in KINDS:
+            for record in self.every(kind, candidates=True):
+                if not isinstance(record, Captured) and record.provenance:
+                    self.provenance(record.provenance)
+        self.history()
+
     def digest(self, target: Target) -> str:
-        """64 hexadecimal digits that stand for all of this target's winners; see ``winners_digest``."""
-        return winners_digest(self.winners(target))
+        """64 hexadecimal digits that stand for all of this target's winners but candidates; see ``winners_digest``."""
+        return self._stored_digest(target) or winners_digest(self.winners(target))
 
     # Helpers
+
+    def _replace_winner(self, winner: Winner, *, keep: bool = True) -> None:
+        before, digest = self.same_key(winner), self.digest(winner.target)
+        self._insert("winners", to_row(winner), "REPLACE")
+        decided = [known for known in (before,) if known is not None and known.standing != "candidate"]
+        if keep and any(replace(known, provenance=winner.provenance) != winner for known in decided):
+            self.record_former(FormerWinner(now(), decided[0]))
+        decides = [winner] if winner.standing != "candidate" else []
+        self._write_digest(winner.target, changed_digest(digest, added=decides, removed=decided))
+
+    def _stored_digest(self, target: Target) -> str | None:
+        with self._reading():
+            row = self._db.execute("SELECT digest FROM digests WHERE target = ?", [str(target)]).fetchone()
+        return None if row is None else str(row[0])
+
+    def _write_digest(self, target: Target, digest: str | None) -> None:
+        self._insert("digests", {"target": str(target), "digest": digest or self.digest(target)}, "REPLACE")
 
     def _insert(self, table: str, row: Row, on_conflict: str) -> None:
         names = ", ".join(row)
@@ -262,7 +399,7 @@ class TunedDatabase:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
             raise explain_sqlite_error(self.path, error) from error
 
     def _file_identity(self) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ import torch
 from autofuse.cache_db import Captured, TunedDatabase
 from autofuse.cli.app import app, run
 from autofuse.ops import OPS, Problem, get_op
-from autofuse.targets import target_of
+from autofuse.targets import target_of, toolchain
 from autofuse.tuner import budgets
 from autofuse.tuner.budgets import Effort
 
@@ -62,7 +62,8 @@ def test_without_a_command_the_commands_are_listed(cli: Cli) -> None:
     assert cli("--help") == listed
     for command in COMMANDS:
         assert f"  {command} " in listed
-    assert COMMANDS == ["capture", "compile", "doctor", "export", "import", "ops", "show", "tune", "why"]
+    names = "capture compile diff doctor export gc import ops report rollback show tune why"
+    assert names.split() == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -207,10 +208,25 @@ def test_an_import_gives_the_same_show_as_the_export(name: str, tune_tiny: TuneT
     tune_tiny()
     assert "1 winners" in cli("export", tmp_path / name)
     other = tmp_path / "other.db"
-    assert json.loads(cli("import", tmp_path / name, "--database", other, "--json"))["new"]["winners"] == 1
-    for arguments in (("show",), ("show", "--trials"), ("show", "--json")):
-        assert cli(*arguments, "--database", other) == cli(*arguments)
-    assert json.loads(cli("import", tmp_path / name, "--database", other, "--json"))["kept"]["winners"] == 1
+    ask = ("import", tmp_path / name, "--database", other, "--trust", "--json")
+    assert json.loads(cli(*ask))["new"]["winners"] == 1
+    assert cli("show", "--trials", "--database", other) == cli("show", "--trials")
+    (here,), (there,) = (json.loads(cli("show", "--json", *where)) for where in ((), ("--database", other)))
+    assert (here.pop("state"), there.pop("state")) == ("fresh", "trusted: imported, not measured here")
+    assert (here.pop("standing"), there.pop("standing")) == ("own", "trusted")
+    assert here == there
+    assert json.loads(cli(*ask))["kept"]["winners"] == 1
+
+
+def test_what_was_measured_with_another_compiler_is_suspect(
+    tune_tiny: TuneTiny, cli: Cli, database_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune_tiny()
+    assert "suspect" not in cli("show")
+    provenance = toolchain("cpu").provenance(CPU)
+    monkeypatch.setattr(type(toolchain("cpu")), "provenance", lambda *_: {**provenance, "compiler": "another"})
+    (winner,) = json.loads(cli("show", "--json"))
+    assert winner["state"] == f"suspect: compiler was {provenance['compiler']}, is another"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import sqlite_utils
 
-from autofuse.cache_db import Baseline, Captured, Trial, TunedDatabase, Winner, default_path
+from autofuse.cache_db import LOOKUP_RULES, Baseline, Captured, Trial, TunedDatabase, Winner, default_path
 from autofuse.cache_db.schema import migrations
 from autofuse.errors import BadInput, DatabaseError
 from autofuse.ops.problem import Config, Problem
@@ -162,6 +163,14 @@ def test_views_are_readable_with_sqlite_utils(database: TunedDatabase) -> None:
     (failures,) = views["failures_view"].rows
     assert (failures["status"], failures["message"], failures["trials"]) == ("compile_error", "too many registers", 2)
     assert len(list(views["trials_view"].rows)) == 2
+
+
+def test_the_documentation_names_every_view_and_rule(database: TunedDatabase) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "database.md").read_text(encoding="utf-8")
+    views = sqlite_utils.Database(database.path).view_names()
+    assert set(re.findall(r"^\| `(\w+_view)` \|", page, re.MULTILINE)) == {*views}
+    rules = page.partition("## How a call is answered")[2].partition("\n\n## ")[0]
+    assert set(LOOKUP_RULES) <= set(re.findall(r"`(\w+)`", rules))
 
 
 WRITER = """

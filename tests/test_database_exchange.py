@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -22,18 +23,30 @@ from autofuse.cache_db import (
     import_into,
 )
 from autofuse.errors import AutofuseError, BadInput, DatabaseError
-from autofuse.ops.problem import Config, Problem
+from autofuse.ops import get_op
 from autofuse.targets.base import Target
 
 CPU = Target("cpu", "x86-64-v4", "AMD EPYC 9B14")
 H200 = Target("cuda", "sm_90a", "NVIDIA H200")
-PROBLEM = Problem("mla_dual_rms_norm", (("dtype", "bf16"),))
+OP = get_op("mla_dual_rms_norm")
+PROBLEM = OP.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
+CONFIGS = {kind: [*OP.kernel_source(kind).space.configs(PROBLEM, 64)][:2] for kind in ("cuda", "cpu")}
+HERE = OP.source_hash("cuda")
+BEST, OTHER = CONFIGS["cuda"]
 OLD, NEW = "2026-01-31T12:00:00Z", "2026-02-01T12:00:00Z"
-TRIAL = Trial(H200, PROBLEM, 64, Config.of(ROWS=1), "abc", "ok", time_us=1.03, error=0.2, measured_at=OLD)
-WRONG = replace(TRIAL, config=Config.of(ROWS=2), status="wrong", message='µs\n"x"', time_us=None, error=float("inf"))
+TRIAL = Trial(H200, PROBLEM, 64, BEST, HERE, "ok", time_us=1.03, error=0.2, measured_at=OLD)
+WRONG = replace(TRIAL, config=OTHER, status="wrong", message='µs\n"x"', time_us=None, error=float("inf"))
 BASELINE = Baseline(H200, PROBLEM, 64, "compile", 2.15, 0.1, measured_at=OLD)
-WINNER = Winner(H200, PROBLEM, 64, Config.of(ROWS=1), "abc", 1.03, 0.02, "compile", 2.15, 2.09, 2.01, 2.16, "", OLD)
+WINNER = Winner(H200, PROBLEM, 64, BEST, HERE, 1.03, 0.02, "compile", 2.15, 2.09, 2.01, 2.16, "", OLD)
 FORMATS = pytest.mark.parametrize("name", ["tuned.jsonl", "tuned-export.db"])
+
+
+def on(target: Target, record: Any) -> Any:
+    """``record`` as it would be of another target: with its kernel's source and a config of its space."""
+    if isinstance(record, Baseline):
+        return replace(record, target=target)
+    config = CONFIGS[target.kind][CONFIGS["cuda"].index(record.config)]
+    return replace(record, target=target, source_hash=OP.source_hash(target.kind), config=config)
 
 
 @pytest.fixture
@@ -43,7 +56,7 @@ def here(tmp_path: Path) -> TunedDatabase:
     provenance = database.record_provenance({"driver": "580.65", "power_cap_w": 700})
     for target in (H200, CPU):
         for record in (TRIAL, WRONG, BASELINE, WINNER):
-            database.record(replace(record, target=target, provenance=provenance))
+            database.record(replace(on(target, record), provenance=provenance))
         database.record_captured(Captured(target, PROBLEM, 1, 4096))
     return database
 
@@ -55,7 +68,8 @@ def there(tmp_path: Path) -> TunedDatabase:
 
 
 def content(database: TunedDatabase) -> list[object]:
-    records: list[Any] = [*database.every(Trial), *database.every(Baseline), *database.every(Winner)]
+    kinds = (Trial, Baseline, Winner)
+    records: list[Any] = [replace(r, standing="own") for kind in kinds for r in database.every(kind)]
     return [*database.targets(), *records, *(database.provenance(record.provenance) for record in records)]
 
 
@@ -65,8 +79,9 @@ def test_an_import_gives_what_was_exported(
 ) -> None:
     exported = export_database(here, tmp_path / name)
     assert exported.counts == {"trials": 4, "baselines": 2, "winners": 2}
-    imported = import_into(there, tmp_path / name)
+    imported = import_into(there, tmp_path / name, trust=True)
     assert imported.new == exported.counts
+    assert {winner.standing for winner in there.winners()} == {"trusted"}
     assert content(there) == content(here)
     assert there.digest(H200) == here.digest(H200)
     assert there.captured() == []
@@ -82,19 +97,24 @@ def test_importing_twice_changes_nothing(here: TunedDatabase, there: TunedDataba
 
 
 def test_a_database_itself_can_be_imported(here: TunedDatabase, there: TunedDatabase) -> None:
-    import_into(there, here.path)
+    import_into(there, here.path, trust=True)
     assert content(there) == content(here)
 
 
 def test_one_target_or_op_alone_can_be_exported(here: TunedDatabase, tmp_path: Path) -> None:
-    assert export_database(here, tmp_path / "cpu.jsonl", target=CPU).counts["winners"] == 1
+    assert export_database(here, tmp_path / "cpu.jsonl", targets=[CPU]).counts["winners"] == 1
     assert export_database(here, tmp_path / "rope.jsonl", op="rope_kv_cache").counts["winners"] == 0
 
 
-def test_equal_content_gives_equal_bytes(here: TunedDatabase, there: TunedDatabase, tmp_path: Path) -> None:
-    first = export_database(here, tmp_path / "first.jsonl").path
-    import_into(there, first)
-    second = export_database(there, tmp_path / "second.jsonl").path
+@FORMATS
+def test_equal_content_gives_equal_bytes(here: TunedDatabase, there: TunedDatabase, tmp_path: Path, name: str) -> None:
+    first = export_database(here, tmp_path / f"first-{name}").path
+    for time_us in (5.0, 1.03):  # one has a past that the other has not
+        there.record_winner(replace(WINNER, time_us=time_us, measured_at="2025-01-01T00:00:00Z"))
+    import_into(there, first, trust=True)
+    there.record(next(r for r in here.winners(H200)))
+    time.sleep(1.1)  # when an export was made is not its content
+    second = export_database(there, tmp_path / f"second-{name}").path
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -107,12 +127,12 @@ def test_an_exported_database_is_one_plain_file(here: TunedDatabase, tmp_path: P
 
 
 @pytest.mark.parametrize(("theirs", "outcome"), [(OLD, "kept"), (NEW, "replaced"), ("2025-12-31T00:00:00Z", "kept")])
-def test_the_later_measurement_stays(
+def test_of_two_trusted_measurements_the_later_one_stays(
     here: TunedDatabase, there: TunedDatabase, tmp_path: Path, theirs: str, outcome: str
 ) -> None:
     here.record_winner(replace(WINNER, time_us=9.0, measured_at=theirs))
-    there.record_winner(WINNER)
-    done = import_into(there, export_database(here, tmp_path / "tuned.jsonl", target=H200).path)
+    there.record_winner(replace(WINNER, standing="trusted"))
+    done = import_into(there, export_database(here, tmp_path / "tuned.jsonl", targets=[H200]).path, trust=True)
     assert getattr(done, outcome)["winners"] == 1
     known = there.winner(H200, PROBLEM, 64)
     assert known is not None
@@ -185,7 +205,8 @@ MALFORMED: dict[str, tuple[int, Edit, str]] = {
     "unknown table": (3, edit(3, table="sqlite_master"), "unknown table"),
     "a column too few": (3, edit(3, tokens=...), "misses tokens"),
     "a column too many": (3, edit(3, note="hi"), "has the unknown note"),
-    "a text for a time": (3, edit(3, time_us="1); DROP TABLE trials"), "time_us must be"),
+    "a text for a time": (3, edit(3, time_us="fast"), "time_us must be"),
+    "SQL for a time": (3, edit(3, time_us="1); DROP TABLE trials"), "is an SQL statement"),
     "a flag for a count": (3, edit(3, tokens=True), "tokens must be"),
     "a count too large": (3, edit(3, tokens=2**64), "tokens must be"),
     "an infinite time": (5, lambda lines: lines.__setitem__(4, lines[4].replace("2.15", "1e999")), "time_us must be"),
@@ -193,10 +214,12 @@ MALFORMED: dict[str, tuple[int, Edit, str]] = {
     "a negative time": (5, edit(5, time_us=-2.15), "time_us must be"),
     "an unknown status": (3, edit(3, status="great"), "status must be one of"),
     "a target without a device": (6, edit(6, target="cuda:sm_90a"), "target 'cuda:sm_90a'"),
-    "a problem that is none": (6, edit(6, problem="DROP TABLE winners"), "problem 'DROP TABLE winners'"),
+    "a problem that is none": (6, edit(6, problem="all of them"), "problem 'all of them'"),
     "a config that is none": (6, edit(6, config="ROWS=__import__('os')"), "config"),
     "a config out of order": (6, edit(6, config="ROWS=1,PDL=1"), "canonical form"),
     "control characters": (6, edit(6, target="cuda:sm_90a:\x1b[2J"), "does not read back"),
+    "a line too long": (3, edit(3, message="x" * (1 << 20)), "the line is longer than"),
+    "a text too long": (3, edit(3, message="x" * 20_000), "is longer than any that autofuse writes"),
     "a gain outside sense": (6, edit(6, gain_low=3.0), "gain_low 3 is above gain_high"),
     "a time that is none": (6, edit(6, measured_at="yesterday"), "measured_at must be"),
     "no time": (6, edit(6, measured_at=""), "measured_at is empty"),
@@ -213,7 +236,7 @@ def test_a_malformed_line_is_named_and_nothing_is_imported(
     here: TunedDatabase, there: TunedDatabase, tmp_path: Path, case: str
 ) -> None:
     line, spoil, reason = MALFORMED[case]
-    path = export_database(here, tmp_path / "tuned.jsonl", target=H200).path
+    path = export_database(here, tmp_path / "tuned.jsonl", targets=[H200]).path
     lines = path.read_text().splitlines()
     spoil(lines)
     path.write_text("".join(f"{text}\n" for text in lines))
@@ -236,7 +259,7 @@ def test_bytes_that_are_no_text_are_refused(there: TunedDatabase, tmp_path: Path
         ("UPDATE winners SET gain = 'huge'", "gain must be"),
         ("UPDATE winners SET measured_at = '2999-01-01T00:00:00Z'", "in the future"),
         ("UPDATE provenance SET fields = '{}'", "not the id of its fields"),
-        ("UPDATE provenance SET fields = '[1]'", "did not write"),
+        ("UPDATE provenance SET fields = '[1]'", "not the id of its fields"),
         ("DROP TABLE trials", "lacks the table trials"),
     ],
 )

@@ -196,6 +196,22 @@ def test_a_log_that_a_killed_process_left_is_read_in_a_read_only_folder(
     assert [known.tokens for known in winners] == [1, 64]
 
 
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_journal_that_a_killed_process_left_is_rolled_back(path: Path, tmp_path: Path, read_only: bool) -> None:
+    crashed = tmp_path / "crashed" / "tuned.db"
+    crashed.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN; DELETE FROM winners")
+        for number in range(500):  # more than is held in memory: the file itself is half written now
+            writer.execute("INSERT INTO problems VALUES (?, 'op', ?)", [f"op(n={number})", "x" * 1000])
+        for suffix in ("", "-journal"):
+            shutil.copyfile(f"{path}{suffix}", f"{crashed}{suffix}")
+    before = crashed.read_bytes()
+    with TunedDatabase(crashed, read_only=read_only) as database:
+        assert database.winners() != []
+    assert (crashed.read_bytes() == before) == read_only
+
+
 def test_a_full_disk_loses_nothing_recorded_before(path: Path) -> None:
     with TunedDatabase(path) as database:
         database._db.execute("PRAGMA max_page_count = 1")

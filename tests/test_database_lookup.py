@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from autofuse.cache_db import Snapshot, TunedDatabase, Winner, explain_lookup
-from autofuse.errors import BadInput
+from autofuse.errors import BadInput, DatabaseError
 from autofuse.ops.buckets import RANGE_BUCKETS, buckets_serving
 from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
@@ -159,14 +162,97 @@ def test_an_absent_database_is_an_empty_snapshot(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_snapshot_outlives_its_database(tmp_path: Path) -> None:
+def test_what_was_looked_up_outlives_the_database(tmp_path: Path) -> None:
+    other = replace(PROBLEM, params=(("dtype", "fp16"),))
     with TunedDatabase(tmp_path / "tuned.db") as database:
-        database.record_winner(winner(64))
+        for problem in (PROBLEM, other):
+            database.record_winner(winner(64, problem=problem))
         expected = database.digest(H200)
     loaded = Snapshot.load(tmp_path / "tuned.db", H200)
-    (tmp_path / "tuned.db").unlink()
     assert loaded.lookup(PROBLEM, 64, 64, "abc").rule == "exact"
+    (tmp_path / "tuned.db").unlink()
+    assert loaded.lookup(PROBLEM, 63, 64, "abc").rule == "range"
     assert loaded.digest == expected
+    with pytest.raises(DatabaseError, match="does not exist"):
+        loaded.lookup(other, 64, 64, "abc")
+
+
+def test_the_same_question_is_answered_from_memory() -> None:
+    assert TUNED.lookup(PROBLEM, 64, 64, "abc") is TUNED.lookup(PROBLEM, 64, 64, "abc")
+
+
+def test_what_was_written_by_hand_is_found_out(tmp_path: Path) -> None:
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        database.record_winner(winner(64))
+        before = database.digest(H200)
+    with closing(sqlite3.connect(tmp_path / "tuned.db")) as connection:
+        connection.executescript("UPDATE winners SET gain = 2.0")
+    loaded = Snapshot.load(tmp_path / "tuned.db", H200)
+    assert loaded.digest == snapshot(winner(64, gain=2.0)).digest != before
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        database.record_winner(winner(64))
+        assert database.digest(H200) == before
+
+
+def test_a_candidate_decides_nothing_and_is_named() -> None:
+    only = snapshot(winner(64, standing="candidate"))
+    answer = only.lookup(PROBLEM, 64, 64, "abc")
+    assert (answer.rule, answer.winners) == ("candidate", ())
+    assert "was imported for T=64" in answer.reason
+    assert "`autofuse tune`, or import it with --trust" in answer.reason
+    assert only.digest == snapshot().digest
+    assert any(line.startswith("candidate: T=64") for line in explain_lookup(only, PROBLEM, 64, 64, "abc"))
+
+
+def test_what_is_trusted_says_so() -> None:
+    assert "as imported" in snapshot(winner(64, standing="trusted")).lookup(PROBLEM, 64, 64, "abc").reason
+
+
+@pytest.fixture
+def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """A user's database over two of a site, which nobody may write."""
+    paths = (tmp_path / "mine.db", tmp_path / "site" / "upper.db", tmp_path / "site" / "lower.db")
+    for path, tokens, time_us in zip(paths, (1, 64, 2048), (1.0, 2.0, 3.0), strict=True):
+        with TunedDatabase(path) as database:
+            database.record_winner(winner(tokens, time_us=time_us))
+    monkeypatch.setenv("AUTOFUSE_DB_PATH", os.pathsep.join(map(str, paths[1:])))
+    return paths
+
+
+@pytest.mark.parametrize(("tokens", "layer"), [(1, 0), (64, 1), (2048, 2)])
+def test_the_uppermost_database_that_has_an_answer_answers(
+    layers: tuple[Path, Path, Path], tokens: int, layer: int
+) -> None:
+    before = [path.read_bytes() for path in layers]
+    answer = Snapshot.load(layers[0], H200).lookup(PROBLEM, tokens, tokens, "abc")
+    assert (answer.rule, answer.winners[0].time_us) == ("exact", layer + 1.0)
+    told = "\n".join(explain_lookup(Snapshot.load(layers[0], H200), PROBLEM, tokens, tokens, "abc"))
+    assert all(f"database: {path}" in told for path in layers)
+    assert [path.read_bytes() for path in layers] == before
+
+
+def test_where_no_database_answers_the_users_own_says_why(layers: tuple[Path, Path, Path]) -> None:
+    assert "which is T=1: " in Snapshot.load(layers[0], H200).lookup(PROBLEM, 10**6, 10**6, "abc").reason
+
+
+def test_the_digest_covers_the_lower_databases(layers: tuple[Path, Path, Path]) -> None:
+    before = Snapshot.load(layers[0], H200)
+    with TunedDatabase(layers[2]) as database:
+        database.record_winner(winner(4096))
+    assert Snapshot.load(layers[0], H200).digest != before.digest
+    assert Snapshot.load(layers[0], H200, alone=True).digest == snapshot(winner(1, time_us=1.0)).digest
+
+
+def test_a_lower_database_that_is_broken_is_passed_over_with_a_warning(
+    layers: tuple[Path, Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    layers[1].write_bytes(b"a note\n" * 999)
+    for _ in range(2):
+        assert Snapshot.load(layers[0], H200).lookup(PROBLEM, 2048, 2048, "abc").winners
+    (record,) = caplog.records
+    assert "a database of AUTOFUSE_DB_PATH is passed over" in record.message
+    layers[2].unlink()
+    assert Snapshot.load(layers[0], H200).lookup(PROBLEM, 1, 1, "abc").winners
 
 
 def test_why_is_told_step_by_step() -> None:

@@ -304,8 +304,8 @@ class _BucketTuning:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
 
     def _first_configs(self) -> list[Config]:
-        """The default, and what won in what is most like this bucket: with other sources, at other T, for other
-        problems of the op, on other devices of this kind.
+        """The default, what was imported for this bucket, and what won in what is most like it: with other sources, at
+        other T, for other problems of the op, on other devices of this kind.
         """
 
         def unlike(winner: Winner) -> tuple[int, float]:
@@ -316,7 +316,8 @@ class _BucketTuning:
 
         winners = [w for w in self._database.winners(op=self._op.name) if w.target.kind == self._target.kind]
         default = self._op.default_config(self._target.kind, self._problem, self._tokens)
-        configs = dict.fromkeys([default, *(winner.config for winner in sorted(winners, key=unlike))])
+        imported = self._database.priors(self._target, self._problem, self._tokens, self._source_hash)
+        configs = dict.fromkeys([default, *imported, *(winner.config for winner in sorted(winners, key=unlike))])
         return list(configs)[: 1 + self._effort.priors]
 
     def _timed_to_the_end(self, pruned: Sequence[Trial]) -> list[Config]:

@@ -18,8 +18,10 @@ import typer
 from autofuse.cli.capture import capture
 from autofuse.cli.compile import compile_kernels
 from autofuse.cli.doctor import doctor
-from autofuse.cli.exchange import export, import_
+from autofuse.cli.exchange import diff, export, import_
+from autofuse.cli.history import gc, rollback
 from autofuse.cli.ops import ops
+from autofuse.cli.report import report
 from autofuse.cli.show import show
 from autofuse.cli.tune import tune
 from autofuse.cli.why import why
@@ -44,8 +46,12 @@ app.command()(ops)
 app.command()(tune)
 app.command()(show)
 app.command()(why)
+app.command()(report)
 app.command()(export)
 app.command("import")(import_)
+app.command()(diff)
+app.command()(rollback)
+app.command()(gc)
 # What follows the program is the program's, options included.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(capture)
 app.command("compile")(compile_kernels)

@@ -7,11 +7,13 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 
-from autofuse.cache_db import AbsentDatabaseError, TunedDatabase, default_path
+from autofuse.cache_db import AbsentDatabaseError, DamagedDatabaseError, TunedDatabase, default_path
+from autofuse.cache_db import repair as repair_database
 from autofuse.cli.options import DatabaseOption, JsonOption
 from autofuse.cli.output import console, print_json
 from autofuse.errors import AutofuseError
@@ -21,14 +23,26 @@ from autofuse.targets import KINDS, Check, toolchain
 __all__ = ["doctor"]
 
 
-def doctor(database: DatabaseOption = None, json: JsonOption = False) -> None:
+def doctor(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Save what a damaged database still holds into a new file beside it.")
+    ] = False,
+    database: DatabaseOption = None,
+    json: JsonOption = False,
+) -> None:
     """Check what this machine can tune on.
 
     Says what to do about what is missing. Exit code 0 if there is a device to tune on and the files can be used,
     else 1.
 
+    With --repair it does one thing: where the database is damaged, whatever rows are still whole go into a new file
+    beside it. The damaged file is never changed.
+
     Example: autofuse doctor
     """
+    if repair:
+        _repair(database or default_path(), json)
+        return
     toolchains = {kind: toolchain(kind).checks() for kind in KINDS}
     files = [_cache_check(), _database_check(database)]
     optional = [_package("transformers", "for Hugging Face models"), _package("triton", "for torch.compile on a GPU")]
@@ -43,6 +57,23 @@ def doctor(database: DatabaseOption = None, json: JsonOption = False) -> None:
         print(f"Ready to tune on: {', '.join(ready)}." if sound else "Not ready to tune: see the lines marked 'no'.")
     if not sound:
         raise typer.Exit(1)
+
+
+def _repair(path: Path, json: bool) -> None:
+    try:
+        with TunedDatabase(path, read_only=True) as opened:
+            opened.check()
+        done = None
+    except DamagedDatabaseError:
+        done = repair_database(path)
+    if json:
+        print_json({"database": path, "repaired": done and done.path, "rows": done.salvaged if done else {}})
+    elif done is None:
+        typer.echo(f"{path} is sound: there is nothing to repair.")
+    else:
+        rows = ", ".join(f"{count} {table}" for table, count in done.salvaged.items() if count)
+        typer.echo(f"Saved {rows} from {path} into {done.path}. {path} is as it was; to go on with what was saved:")
+        typer.echo(f"  mv {path} {path}.damaged && mv {done.path} {path}")
 
 
 def _print(groups: dict[str, list[Check]], needed: set[str]) -> None:

@@ -1,69 +1,182 @@
-"""``autofuse export`` and ``autofuse import``: carry measurements between machines."""
+"""``autofuse export``, ``import`` and ``diff``: carry measurements between machines."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-from autofuse.cache_db import TunedDatabase, export_database, import_into
+from autofuse.cache_db import (
+    ImportSummary,
+    TunedDatabase,
+    Winner,
+    compare,
+    default_path,
+    export_database,
+    import_into,
+    preview_import,
+    read_export,
+)
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
-from autofuse.cli.output import print_json
+from autofuse.cli.output import gain, microseconds, print_json, print_table
 from autofuse.errors import BadInput
+from autofuse.models import model_config
+from autofuse.ops import OPS, Problem
+from autofuse.ops.base import DTYPES
+from autofuse.targets import Target
 
-__all__ = ["export", "import_"]
+__all__ = ["diff", "export", "import_"]
 
 
 def export(
     path: Annotated[Path, typer.Argument(help="The file to write: .jsonl gives JSON lines, anything else SQLite.")],
     op: OpOption = None,
     target: TargetOption = None,
+    gpu: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it at run time)
+        typer.Option(help="Only devices with this in their name, e.g. H200.", metavar="NAME"),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only what this model runs: a preset, or a path to a config.json.", metavar="MODEL"),
+    ] = None,
+    winners_only: Annotated[
+        bool, typer.Option("--winners-only", help="Winners and their baselines, without the trials behind them.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     database: DatabaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write measurements to a file.
 
-    Another machine takes them over with `autofuse import`.
+    Another machine takes them over with `autofuse import`, or runs exactly these with the option `autofuse.plan`. The
+    same content gives the same bytes. What was imported and neither measured here nor trusted stays here.
 
-    Example: autofuse export h200.jsonl --target sm_90a
+    Example: autofuse export h200.jsonl --gpu H200 --winners-only
     """
+    name, problems = checked_op(op), None if model is None else _problems(model)
     with TunedDatabase(database, read_only=True) as opened:
-        targets = choose_targets(opened, target)
-        if len(targets) > 1:
-            listed = ", ".join(repr(str(each)) for each in targets)
-            raise BadInput(f"target {target!r} is more than one: give one of {listed}")
-        summary = export_database(opened, path, op=checked_op(op), target=targets[0], overwrite=overwrite)
+        chosen = [each or known for each in choose_targets(opened, target) for known in opened.targets()]
+        targets = [each for each in dict.fromkeys(chosen) if gpu is None or _is_gpu(each, gpu)]
+        if gpu is not None and not targets:
+            listed = ", ".join(repr(each.device_name) for each in opened.targets()) or "nothing yet"
+            raise BadInput(f"no device in {opened.path} has {gpu!r} in its name; it holds {listed}")
+        summary = export_database(
+            opened,
+            path,
+            op=name,
+            targets=targets,
+            problems=problems,
+            winners_only=winners_only,
+            overwrite=overwrite,
+        )
     if json:
         print_json({"path": summary.path, "rows": summary.counts})
     else:
-        typer.echo(f"Wrote {summary.path}: {_listed(dict(summary.counts))}")
+        typer.echo(f"Wrote {summary.path}: {_listed(summary.counts)}")
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="A file that `autofuse export` wrote.")],
+    path: Annotated[str, typer.Argument(help="A file that `autofuse export` wrote, or its URL.", metavar="PATH|URL")],
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let it decide as if it had been measured here, until it is.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would come, win and conflict; do nothing.")
+    ] = False,
     database: DatabaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Take over measurements from a file.
 
-    Of two measurements of the same thing the later one stays.
+    What comes is a candidate: `autofuse tune` tries its configs first, but no graph uses it. With --trust it is used,
+    until it is measured here. What was measured here stays, unless that was with another version of the kernel.
 
-    Example: autofuse import h200.jsonl
+    Example: autofuse import h200.jsonl --dry-run
     """
-    if not path.is_file():  # before a database is made for it
-        raise BadInput(f"cannot import {path}: there is no such file; name one that `autofuse export` wrote")
-    with TunedDatabase(database) as opened:
-        summary = import_into(opened, path)
+    where = database or default_path()
+    summary = (preview_import if dry_run else import_into)(where, path, trust=trust)
     if json:
-        print_json({"database": opened.path, "new": summary.new, "kept": summary.kept, "replaced": summary.replaced})
+        conflicts = [{"stays": each.stays, "here": each.here, "there": each.there} for each in summary.conflicts]
+        facts = {"new": summary.new, "kept": summary.kept, "replaced": summary.replaced, "left_out": summary.left_out}
+        print_json({"database": where, "dry_run": dry_run, **facts, "wins": summary.wins, "conflicts": conflicts})
         return
-    typer.echo(f"Imported {path} into {opened.path}")
-    for word, counts in (("new", summary.new), ("replaced by later ones", summary.replaced), ("kept", summary.kept)):
+    typer.echo(f"{'Would import' if dry_run else 'Imported'} {path} into {where}")
+    _print_import(summary, trust)
+
+
+def diff(
+    here: Annotated[Path, typer.Argument(help="A database or an export.", metavar="A")],
+    there: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
+    json: JsonOption = False,
+) -> None:
+    """Show in what two files of measurements differ.
+
+    Lists the buckets for which only one has a winner, and those whose winners differ. Exit code 1 if anything does.
+
+    Example: autofuse diff h200.jsonl ~/.cache/autofuse/tuned.db
+    """
+    found = compare(read_export(here), read_export(there))
+    if json:
+        changed = [{"a": mine, "b": other} for mine, other in found.changed]
+        names = ("only_a", "only_b", "differ")
+        rows = {table: dict(zip(names, counts, strict=True)) for table, counts in found.rows.items()}
+        print_json({"only_a": found.only_here, "only_b": found.only_there, "changed": changed, "rows": rows})
+    else:
+        _print_winners(f"Only in {here}", found.only_here)
+        _print_winners(f"Only in {there}", found.only_there)
+        columns = ["target", "problem", ">T", ">A µs", ">B µs", ">A gain", ">B gain", "A config", "B config"]
+        if found.changed:
+            print_table("Different winners", columns, [_compared(mine, other) for mine, other in found.changed])
+        for table, (only_a, only_b, differ) in found.rows.items():
+            if only_a or only_b or differ:
+                typer.echo(f"{table}: {only_a} only in A, {only_b} only in B, {differ} differ")
+        if found.empty:
+            typer.echo(f"{here} and {there} hold the same.")
+    if not found.empty:
+        raise typer.Exit(1)
+
+
+def _compared(mine: Winner, other: Winner) -> list[object]:
+    times = [microseconds(mine.time_us), microseconds(other.time_us)]
+    same = "the same" if mine.config == other.config else other.config
+    return [mine.target, mine.problem, mine.tokens, *times, gain(mine), gain(other), mine.config, same]
+
+
+def _print_import(summary: ImportSummary, trust: bool) -> None:
+    words = (("new", summary.new), ("replaced", summary.replaced), ("kept as they are here", summary.kept))
+    for word, counts in words:
         if any(counts.values()):
-            typer.echo(f"  {word}: {_listed(dict(counts))}")
+            typer.echo(f"  {word}: {_listed(counts)}")
+    for why, count in summary.left_out.items():
+        typer.echo(f"  left out: {count} rows: {why}")
+    if summary.conflicts:
+        columns = ["target", "problem", ">T", ">here µs", ">there µs", ">here gain", ">there gain", "here", "there"]
+        rows = [[*_compared(each.here, each.there), each.stays] for each in summary.conflicts]
+        print_table("Conflicts", [*columns, "stays"], rows)
+    if summary.wins:
+        _print_winners("Trusted until measured here", summary.wins)
+    elif not trust and (summary.new["winners"] or summary.replaced["winners"]):
+        typer.echo("These are candidates: `autofuse tune` measures them first; --trust uses them as they are.")
 
 
-def _listed(counts: dict[str, int]) -> str:
+def _print_winners(title: str, winners: Sequence[Winner]) -> None:
+    if winners:
+        columns = ["target", "problem", ">T", ">µs", ">gain [95 %]", "config"]
+        rows = [[w.target, w.problem, w.tokens, microseconds(w.time_us), gain(w), w.config] for w in winners]
+        print_table(title, columns, rows)
+
+
+def _is_gpu(target: Target, name: str) -> bool:
+    return name.lower() in target.device_name.lower()
+
+
+def _problems(model: str) -> set[Problem]:
+    config = model_config(model)
+    return {problem for op in OPS.values() for dtype in DTYPES for problem in op.model_problems(config, dtype)}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {table}" for table, count in counts.items() if count) or "nothing"

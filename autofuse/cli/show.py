@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from autofuse.cache_db import Trial, TunedDatabase, Winner
+from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
 from autofuse.cli.output import microseconds, plain, print_json, print_table, print_winners
-from autofuse.errors import AutofuseError, BadInput
-from autofuse.ops import get_op
+from autofuse.errors import BadInput
 
 __all__ = ["show"]
 
@@ -25,7 +25,9 @@ def show(
 ) -> None:
     """Show what was measured.
 
-    The winners with their times, baselines, gain with its 95 % interval, and config; or the trials behind them.
+    The winners with their times, baselines, gain with its 95 % interval, and config; or the trials behind them. A
+    winner is marked where it is stale (its kernel changed), suspect (the driver, toolkit or compiler did), or was
+    imported and not measured here.
 
     Example: autofuse show --op mla_dual_rms_norm --target sm_90a
     """
@@ -35,11 +37,13 @@ def show(
     with TunedDatabase(database, read_only=True) as opened:
         targets = choose_targets(opened, target)
         if trials:
-            _show_trials([trial for each in targets for trial in opened.every(Trial, each, name)], json)
+            measured = [t for each in targets for t in opened.every(Trial, each, name, candidates=True)]
+            _show_trials(measured, json)
         elif failures:
             _show_trials([trial for each in targets for trial in opened.failures(each, name)], json)
         else:
-            _show_winners(opened, [winner for each in targets for winner in opened.winners(each, name)], json)
+            winners = [w for each in targets for w in opened.every(Winner, each, name, candidates=True)]
+            _show_winners(opened, winners, json)
 
 
 def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) -> None:
@@ -50,7 +54,8 @@ def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) ->
         }
         for winner in winners
     }
-    states = {winner: _state(winner) for winner in winners}
+    marks = Marks(database)
+    states = {winner: marks.of(winner) for winner in winners}
     if json:
         print_json(
             [
@@ -67,15 +72,6 @@ def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) ->
         print_winners(winners, baselines, states)
     else:
         typer.echo(f"No winners in {database.path}; `autofuse tune` makes them.")
-
-
-def _state(winner: Winner) -> str:
-    """Why a winner would not be used; "" where it would."""
-    try:
-        fresh = get_op(winner.problem.op).source_hash(winner.target.kind) == winner.source_hash
-    except AutofuseError:
-        return "no such kernel here"
-    return "" if fresh else "stale: the kernel changed"
 
 
 def _show_trials(trials: list[Trial], json: bool) -> None:
@@ -97,7 +93,7 @@ def _show_trials(trials: list[Trial], json: bool) -> None:
             [
                 [
                     trial.tokens,
-                    trial.status,
+                    trial.status + (", imported" if trial.standing == "candidate" else ""),
                     microseconds(trial.time_us),
                     microseconds(trial.spread_us),
                     None if trial.error is None else f"{trial.error:.2f}",

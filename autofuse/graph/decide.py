@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner, default_path
-from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable, UnsupportedCall
+from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
 from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
+from autofuse.graph.pinned import pinned_database
 from autofuse.graph.ranks import Shared, ranks
 from autofuse.graph.recognise.nodes import expression
 from autofuse.graph.settings import Settings
@@ -101,14 +102,16 @@ class Knowledge:
             target = target_of(device)
         except TargetUnavailable as error:
             return cls(None, None, str(error))
-        if ranks.several:
+        if ranks.several and settings.plan is None:
             path = settings.database or default_path()
             found = ranks.read(target, settings.database, lambda: read_shared(path, target))
             snapshot = None if found.fault else found.snapshot(path, target)
             return cls(target, snapshot, found.fault, found.compared)
         try:
+            if settings.plan is not None:
+                return cls(target, Snapshot.load(pinned_database(settings.plan), target, alone=True))
             return cls(target, Snapshot.load(settings.database, target))
-        except DatabaseError as error:
+        except (BadInput, DatabaseError) as error:
             return cls(target, None, str(error))
 
     def __str__(self) -> str:
@@ -151,7 +154,8 @@ class Decider:
     _captured: dict[Captured, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._evidence = Evidence(self._database)
+        paths = [known.snapshot.path for known in self.known.values() if known.snapshot is not None]
+        self._evidence = Evidence(paths[0] if self.settings.plan is not None and paths else self._database)
 
     @property
     def _database(self) -> Path:
@@ -279,8 +283,10 @@ class Decider:
         return decision
 
     def remember_untuned(self) -> None:
-        """Writes the sites that nobody measured into the database, for ``autofuse tune --captured``."""
-        if self._captured:
+        """Writes the sites that nobody measured into the database, for ``autofuse tune --captured``; with a plan, which
+        is to stay as it is, there is nothing to measure.
+        """
+        if self._captured and self.settings.plan is None:
             _notebook.write(self._database, self._captured)
         self._captured.clear()
 

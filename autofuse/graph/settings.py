@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from autofuse.errors import BadInput
 from autofuse.graph.fusions import FUSIONS, Fusion
 from autofuse.tuner.budgets import COMPILE_BUDGET_S
 
-__all__ = ["LEVELS", "PREFIX", "UNTUNED", "Settings", "hint_for"]
+__all__ = ["LEVELS", "PLAN_VARIABLE", "PREFIX", "UNTUNED", "Settings", "hint_for"]
 
 PREFIX = "autofuse."
 LEVELS = ("O0", "O1", "O2", "O3")
 UNTUNED = ("skip", "fuse", "tune")
+PLAN_VARIABLE = "AUTOFUSE_PLAN"
+"""Names the plan where ``autofuse.plan`` does not; ``autofuse.load_plan`` sets it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Settings:
             take half a minute more.
         flags: (fusion, on or off) as set by hand; each beats the level.
         database: the database's path, None for the default one.
+        plan: a file that ``autofuse export`` wrote: its winners decide, and nothing else does; None for the database.
         splitting_ops: the operators (``namespace::name``) at which whoever hands graphs over splits them, as in vLLM's
             ``CompilationConfig``. What runs between two graphs cannot be fused in either.
         use_inductor_graph_partition: the graph is whole until Inductor has run its passes, and only then partitioned at
@@ -48,6 +52,7 @@ class Settings:
     tune_budget: float = COMPILE_BUDGET_S
     flags: tuple[tuple[str, bool], ...] = ()
     database: Path | None = None
+    plan: Path | None = None
     splitting_ops: tuple[str, ...] = ()
     use_inductor_graph_partition: bool = False
 
@@ -68,7 +73,7 @@ class Settings:
                 ours[name] = _choice(key, value, UNTUNED)
             elif name == "tune_budget":
                 ours[name] = _seconds(key, value)
-            elif name == "database":
+            elif name == "database" or name == "plan":
                 ours[name] = _path(key, value)
             elif name == "splitting_ops":
                 ours[name] = _operators(key, value)
@@ -79,7 +84,19 @@ class Settings:
             else:
                 known = ", ".join(PREFIX + name for name in _names())
                 raise BadInput(f"unknown option {key}{_hint(name)}; the known options are {known}")
-        return cls(flags=tuple(sorted(flags.items())), **ours), others
+        if "plan" not in ours and (named := os.environ.get(PLAN_VARIABLE)):
+            ours["plan"] = _path(PLAN_VARIABLE, named)
+        settings = cls(flags=tuple(sorted(flags.items())), **ours)
+        settings._check_plan()
+        return settings, others
+
+    def _check_plan(self) -> None:
+        if self.plan is None:
+            return
+        if not self.plan.is_file():
+            raise BadInput(f"the plan {self.plan} is no file; name one that `autofuse export` wrote")
+        if self.untuned == "tune":
+            raise BadInput(f"{PREFIX}untuned is 'tune', but with {PREFIX}plan nothing else is to run; give one of them")
 
     def __str__(self) -> str:
         """What decisions depend on, in canonical form; of the database, its content counts, not its path. What a
@@ -126,7 +143,7 @@ def _flag_names() -> list[str]:
 
 
 def _names() -> list[str]:
-    own = ["level", "untuned", "tune_budget", "database", "splitting_ops", "use_inductor_graph_partition"]
+    own = ["level", "untuned", "tune_budget", "database", "plan", "splitting_ops", "use_inductor_graph_partition"]
     return [*own, *_flag_names()]
 
 

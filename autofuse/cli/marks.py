@@ -1,0 +1,61 @@
+"""What to know of a winner beside its figures: that it is stale, suspect, trusted or only a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from autofuse.cache_db import TunedDatabase, Winner, is_stale
+from autofuse.errors import AutofuseError
+from autofuse.ops import OPS
+from autofuse.targets import KINDS, Target, target_of, toolchain
+
+__all__ = ["Marks"]
+
+_COUNTS = ("driver", "toolkit", "compiler")
+"""What of its provenance may change how fast the same kernel is. Clocks and power caps vary from run to run."""
+
+
+@dataclass
+class Marks:
+    """Marks winners of one database, by what this machine is now."""
+
+    database: TunedDatabase
+    _here: dict[Target, Mapping[str, str | int | float | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            try:
+                device = torch.device("cpu" if kind == "cpu" else "cuda:0")
+                target = target_of(device)
+                if target.kind == kind:
+                    self._here[target] = toolchain(kind).provenance(device)
+            except (AutofuseError, RuntimeError, AssertionError):  # there is no such device
+                continue
+
+    def of(self, winner: Winner) -> str:
+        """Why the winner would not be used, or what speaks against it; "" where nothing does."""
+        op = OPS.get(winner.problem.op)
+        if op is None or winner.target.kind not in op.kernels:
+            return "no such kernel here"
+        if is_stale(winner):
+            return "stale: the kernel changed"
+        if winner.standing == "candidate":
+            return "candidate: imported, not measured here"
+        changed = self._changed(winner)
+        if changed:
+            return f"suspect: {', '.join(changed)}"
+        return "trusted: imported, not measured here" if winner.standing == "trusted" else ""
+
+    def _changed(self, winner: Winner) -> list[str]:
+        here = self._here.get(winner.target)
+        if here is None or not winner.provenance:
+            return []
+        then = self.database.provenance(winner.provenance)
+        return [
+            f"{name} was {then[name]}, is {here.get(name)}"
+            for name in _COUNTS
+            if then.get(name) is not None and then[name] != here.get(name)
+        ]

@@ -1,0 +1,133 @@
+"""The database as one HTML page: whole, readable without scripts, and safe whatever the database holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
+from autofuse.cli.app import run
+from autofuse.ops import get_op
+from autofuse.report_page import gather, html_page
+from autofuse.targets import Target
+
+H200 = Target("cuda", "sm_90a", "NVIDIA H200")
+UNKNOWN = Target("cuda", "sm_90a", "NVIDIA Nobody <b>knows</b>")
+OP = get_op("mla_dual_rms_norm")
+PROBLEM = OP.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
+HERE = OP.source_hash("cuda")
+CONFIG = OP.default_config("cuda", PROBLEM, 64)
+WINNER = Winner(H200, PROBLEM, 64, CONFIG, HERE, 1.03, 0.02, "compile", 2.15, 2.09, 2.01, 2.16)
+VOID = {"meta", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Checks that every element ends, and collects the text and the tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        for target in (H200, UNKNOWN):
+            for tokens, gain in ((1, 0.97), (64, 2.09), (1024, 1.5)):
+                gains = {"gain": gain, "gain_low": gain - 0.05, "gain_high": gain + 0.05}
+                database.record_winner(replace(WINNER, target=target, tokens=tokens, time_us=9.0))
+                database.record_winner(replace(WINNER, target=target, tokens=tokens, **gains))
+                database.record_baseline(Baseline(target, PROBLEM, tokens, "eager", 9.9, 0.1))
+                database.record_baseline(Baseline(target, PROBLEM, tokens, "compile", 2.15, 0.1))
+        database.record_winner(replace(WINNER, tokens=8192, source_hash="0ld"))
+        failed = Trial(H200, PROBLEM, 64, CONFIG, HERE, "compile_error", "<script>alert(1)</script>")
+        database.record_trial(failed)
+    return tmp_path / "tuned.db"
+
+
+@pytest.fixture
+def html(path: Path) -> str:
+    with TunedDatabase(path, read_only=True) as database:
+        state_of = lambda winner: "stale: the kernel changed" if winner.source_hash != HERE else ""  # noqa: E731
+        return html_page(gather(database, state_of))
+
+
+def test_the_page_is_whole_and_needs_nothing_else(html: str) -> None:
+    page = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert {"table", "svg", "polyline"} <= {*page.tags}
+    assert not {"script", "link", "img", "iframe"} & {*page.tags}
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_what_the_database_holds_is_text_and_never_markup(html: str) -> None:
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "NVIDIA Nobody <b>knows</b>" in Page(html).text
+
+
+def test_coverage_has_a_row_for_each_problem_and_a_column_for_each_t(html: str) -> None:
+    coverage = html.partition(f"<h2>Coverage: {H200}</h2>")[2].partition("</section>")[0]
+    assert [t for t in (1, 64, 1024, 8192) if f">T={t}<" in coverage] == [1, 64, 1024, 8192]
+    cells = re.findall(r'<td class="(\w+)">([\d.]+)×</td>', coverage)
+    assert cells == [("plain", "0.97"), ("good", "2.09"), ("good", "1.50"), ("todo", "2.09")]
+
+
+def test_gains_come_with_their_interval_and_times_with_their_limit(html: str) -> None:
+    assert "2.09× [2.04, 2.14]" in html
+    moved = OP.bytes_moved(PROBLEM, 1024)
+    assert f"{moved / 4.8e12 / 1.03e-6:.0%}" in html
+    assert "4.8 TB/s by its data sheet" in html
+    assert "the most that a winner here reached" in html
+    assert "stale: the kernel changed" in html
+
+
+def test_failures_and_winners_of_before_are_listed(html: str) -> None:
+    text = Page(html).text
+    assert "compile_error" in text
+    assert text.partition("Winners of before")[2].count("9.00") == 6
+
+
+def test_a_plot_has_a_line_for_each_thing_that_was_timed(html: str) -> None:
+    plot = html.partition('<svg class="plot"')[2].partition("</svg>")[0]
+    assert sorted(re.findall(r'<polyline class="line (\w+)"', plot)) == ["compile", "eager", "fused", "limit"]
+    points = " ".join(re.findall(r'points="([^"]+)"', plot))
+    coordinates = [float(number) for number in re.split("[ ,]", points)]
+    assert len(coordinates) == 2 * (4 + 3 + 4 + 4)  # the stale bucket has no eager time
+    assert all(0 <= number <= 640 for number in coordinates)
+
+
+def test_the_command_writes_the_page(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(tmp_path / "out.html"), "--database", str(path)]) == 0
+    assert "7 buckets of 2 problems" in capsys.readouterr().out
+    assert "What autofuse measured" in Page((tmp_path / "out.html").read_text(encoding="utf-8")).text
+    assert run(["report", str(tmp_path / "no" / "out.html"), "--database", str(path)]) == 2
+
+
+def test_an_empty_database_says_so(tmp_path: Path) -> None:
+    with TunedDatabase(tmp_path / "empty.db") as database:
+        assert "Nothing was measured yet" in Page(html_page(gather(database, lambda winner: ""))).text
