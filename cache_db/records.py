@@ -30,9 +30,11 @@ __all__ = [
     "winners_digest",
 ]
 
-TRIAL_STATUSES = ("ok", "compile_error", "launch_error", "wrong", "crashed", "timed_out", "out_of_memory")
-"""``ok`` was verified and timed; ``wrong`` differs from the reference by more than the tolerance, or wrote where it
-must not; ``crashed`` took its process or its device's context down; ``timed_out`` did not end."""
+TRIAL_STATUSES = ("ok", "pruned", "compile_error", "launch_error", "wrong", "crashed", "timed_out", "out_of_memory")
+"""``ok`` was verified and timed; ``pruned`` was verified, and timed until it was clear that another is much faster, so
+its time is of fewer rounds; or, without a time, was not worth a run. It is no failure, and cannot win. The others
+failed: ``wrong`` differs from the reference by more than the tolerance, or wrote where it must not; ``crashed`` took
+its process or its device's context down; ``timed_out`` did not end."""
 
 BASELINE_KINDS = ("eager", "compile", "graph")
 """The reference run eagerly; through plain ``torch.compile`` as a user calls it; and, on a CPU only, as the code that
@@ -53,7 +55,7 @@ class Trial:
         tokens: the bucket's T, at least 1.
         source_hash: of the kernel's source, headers included.
         status: one of ``TRIAL_STATUSES``.
-        message: what went wrong, for a person.
+        message: what went wrong, for a person; of an ``ok`` trial, that its time is another one's.
         time_us: median time of one call; every ``ok`` trial has it.
         spread_us: interquartile range of that time.
         error: largest difference from the reference, in units of the allowed tolerance: right up to 1. A result with
@@ -97,6 +99,11 @@ class Trial:
         for name in ("registers", "spill_bytes", "shared_bytes"):
             _check_count(self, name, 0, optional=True)
         _check_origin(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is neither ``ok`` nor ``pruned``."""
+        return self.status not in ("ok", "pruned")
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,17 @@ def m003_views(db: Database) -> None:
         GROUP BY t.status, t.message, p.op, t.target
         ORDER BY trials DESC, t.status, t.message""",
     )
+
+
+@migrations()
+def m004_pruned_is_no_failure(db: Database) -> None:
+    db.view("failures_view").drop()
+    db.create_view(
+        "failures_view",
+        """SELECT t.status, t.message, p.op, t.target, count(*) AS trials, min(t.config) AS example_config,
+            min(t.problem) AS example_problem, max(t.measured_at) AS last_seen_at
+        FROM trials t JOIN problems p ON p.id = t.problem
+        WHERE t.status NOT IN ('ok', 'pruned')
+        GROUP BY t.status, t.message, p.op, t.target
+        ORDER BY trials DESC, t.status, t.message""",
+    )

@@ -176,8 +176,8 @@ class TunedDatabase:
     def failures(
         self, target: Target | None = None, op: str | None = None, problem: Problem | None = None
     ) -> list[Trial]:
-        """Trials that are not ``ok``, by status and message; None means any."""
-        failed = (trial for trial in self.every(Trial, target, op, problem) if trial.status != "ok")
+        """Trials that failed, by status and message; None means any."""
+        failed = (trial for trial in self.every(Trial, target, op, problem) if trial.failed)
         return sorted(failed, key=lambda trial: (trial.status, trial.message))
 
     def baselines(self, target: Target, problem: Problem, tokens: int) -> dict[str, Baseline]:

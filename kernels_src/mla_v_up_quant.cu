@@ -351,22 +351,6 @@ struct Loader {
     }
 };
 
-// Word w of each of 4 lanes' 4 becomes lane w's.
-__device__ __forceinline__ void transpose(u32 (&words)[4]) {
-    const int lane = threadIdx.x % 4;
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & mask) continue;
-            const u32 low = words[i], high = words[i | mask];
-            const u32 received = __float_as_uint(shuffle_xor(__uint_as_float(lane & mask ? low : high), mask));
-            words[i] = lane & mask ? received : low;
-            words[i | mask] = lane & mask ? high : received;
-        }
-    }
-}
-
 // Stores a row of 8 · COUNT e4m3 values, of each eight of which lane q of four has values 2q and 2q + 1.
 template <int COUNT>
 __device__ __forceinline__ void store_pairs(u8* to, u32 (&pairs)[COUNT], bool exists) {

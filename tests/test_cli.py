@@ -133,7 +133,7 @@ def test_progress_goes_to_standard_error_as_plain_lines(tune_tiny: TuneTiny, mon
     monkeypatch.setattr("autofuse.cli.progress.typer", SimpleNamespace(echo=lambda text, err: lines.append(text)))
     tune_tiny()
     assert lines[0] == f"{PROBLEM} T=4: up to 4 configs to measure"
-    assert " s left" in lines[1]
+    assert " s left" in lines[2]
     assert lines[-1].startswith(f"{PROBLEM} T=4: ")
 
 
@@ -151,7 +151,7 @@ def test_a_budget_ends_the_tuning_and_the_same_command_goes_on(
     assert tune_tiny("--budget", 0).startswith("Nothing was tuned")
     assert json.loads(tune_tiny("--budget", 0, "--json"))["buckets"] == []
     assert run(["tune", "--problem", str(PROBLEM), "--tokens", "4", "--device", "cpu", "--budget", "0"]) == 0
-    assert "the 0 s are over: 1 of 1 buckets are not tuned; the same command goes on from there" in (
+    assert "the 0 of --budget are over: 1 of 1 buckets are not tuned; the same command goes on from there" in (
         capsys.readouterr().err
     )
     assert str(PROBLEM) in tune_tiny("--budget", 600)

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from autofuse.cli.app import app
 from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.settings import LEVELS, UNTUNED
+from autofuse.models import PRESETS
 from autofuse.ops import Problem
 from bench.showing import replace_generated
 from fusion_gains import BEGIN, DOCUMENT, Measured, flags_of, layers_in, markdown, recorded
@@ -114,3 +117,12 @@ def test_the_worked_example_runs(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 passed" in run.stdout
+
+
+def test_the_page_on_tuning_names_every_preset_and_only_options_that_there_are() -> None:
+    text = page("tuning.md")
+    presets = text.partition("Presets: ")[2].partition(". ")[0]
+    assert re.findall(r"`([^`]+)`", presets) == list(PRESETS)
+    command = get_command(app).commands["tune"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--kills"} <= known

@@ -171,7 +171,7 @@ SLOT = "unit.token < p.slot_count ? slot_of("
 CLAMPED = "early[u] < 0 ? 0 : early[u] < p.table_rows ? int(early[u]) : p.table_rows - 1"
 
 MUTATIONS += [
-    Mutation(*texts, "mla_rope_kv_cache_cat.cu", subject=ROPE)
+    Mutation(*texts, "mla_rope.cuh", subject=ROPE)
     for texts in (
         ("padded tokens are written", "rows[u] >= 0", "true", OFF),
         ("slots beyond the cache are written", NO_SLOT, "if (slot < 0) return -1;", OFF),
@@ -192,7 +192,7 @@ MUTATIONS += [
     )
 ]
 MUTATIONS += [
-    Mutation(*texts, "mla_rope_kv_cache_cat.cu", warp_size=64, subject=DS_MLA)
+    Mutation(*texts, "mla_rope.cuh", warp_size=64, subject=DS_MLA)
     for texts in (
         ("the largest is of half a group", "DS_MLA_LANES / 2; offset", "DS_MLA_LANES / 4; offset", WRONG),
         ("lanes without kv_c skip the shuffle", "warp_uniform(some)", "unit.kind == KV_C", STANDSTILL),
@@ -219,12 +219,12 @@ MUTATIONS += [
     for file, *texts in (
         ("rope.cuh", "pairs are taken apart in one vector", "2 * e + 1 < N ? x[2 * e + 1]", "e < N ? x[e]", WRONG),
         ("rope.cuh", "odd elements are even ones", "y[e] = odd[e]", "y[e] = x[e]", WRONG),
-        ("mla_rope_kv_cache_cat.cu", "pairs stay together", "if constexpr (DEINTERLEAVE) dei", "if (false) dei", WRONG),
-        ("mla_rope_kv_cache_cat.cu", "what is read is half a row apart", "DEINTERLEAVE ? SIZE : HALF", "HALF", OFF),
-        ("mla_rope_kv_cache_cat.cu", "vectors are read in their place", "DEINTERLEAVE ? 2 * at : at", "at", WRONG),
-        ("mla_rope_kv_cache_cat.cu", "angles are pairs of vectors'", "(OF_TWO ? at : at / 2)", "at / 2", WRONG),
+        ("mla_rope.cuh", "pairs stay together", "if constexpr (DEINTERLEAVE) dei", "if (false) dei", WRONG),
+        ("mla_rope.cuh", "what is read is half a row apart", "DEINTERLEAVE ? SIZE : HALF", "HALF", OFF),
+        ("mla_rope.cuh", "vectors are read in their place", "DEINTERLEAVE ? 2 * at : at", "at", WRONG),
+        ("mla_rope.cuh", "angles are pairs of vectors'", "(OF_TWO ? at : at / 2)", "at / 2", WRONG),
         (
-            "mla_rope_kv_cache_cat.cu",
+            "mla_rope.cuh",
             "halves of k_pe are cached as neighbours",
             "unit.at + HALF, rows[u]",
             "unit.at + SIZE, rows[u]",
@@ -426,6 +426,66 @@ MUTATIONS += [
 ]
 
 
+# ---- mla_q_absorb_rope_kv_cache -------------------------------------------------------------------------------------
+
+# A second tile of tokens is not full; two blocks share a head's columns.
+ABSORB = Subject(
+    Problem.parse(
+        "mla_q_absorb_rope_kv_cache(dtype=bf16,heads=2,nope_dim=128,rope_dim=16,latent_dim=64,neox=0,table=bf16,cache=auto,"
+        "qk_nope_dim=64,w_constant=1)"
+    ),
+    Config.parse(
+        "STAGED=1,THREADS=128,W_COLUMNS=64,TOKENS=16,EARLY=1,PDL=1,PREFETCH=1,GUESS=0,UNROLL=1,VEC_BYTES=16,CHUNK=64,"
+        "READ_ONCE=0"
+    ),
+    tokens=70,
+)
+ABSORB_DIRECT = Subject(ABSORB.problem, {**ABSORB.config, "STAGED": 0, "THREADS": 64, "TOKENS": 32}, tokens=37)
+MUTATIONS += [
+    Mutation(*texts, "mla_q_absorb_rope_kv_cache.cu", subject=ABSORB)
+    for texts in (
+        ("copies of other threads are not waited for", "    __syncthreads();\n", "", RACE),
+        ("copies are not waited for", "wait_for_copies<0>", "wait_for_copies<8>", WRONG),
+        ("rows past the end are copied", "if (row < rows)\n", "if (true)\n", OFF),
+        ("rows past the end are written", "if (token < at.tokens)\n", "if (true)\n", f"{OFF}|{OVERLAP}"),
+        (
+            "blocks have the same columns",
+            "column(int(block % SHARERS) * BLOCK_COLUMNS)",
+            "column(0)",
+            f"{OVERLAP}|{UNWRITTEN}",
+        ),
+        ("w_uk's rows are dense", "at.weights(p) + row * p.w_row + piece", "at.weights(p) + row * NOPE + piece", OFF),
+        (
+            "q_nope is read early as well",
+            "if (EARLY) copy_w",
+            "if (EARLY) copy_queries(at.queries(p.rope), p.rope.q_nope_token, 1, x_tiles), copy_w",
+            "before waiting",
+        ),
+        (
+            "the columns lie where rotated ones do",
+            "* Q_ROW + at.column",
+            "* Q_ROW + ROPE + at.column",
+            f"{OVERLAP}|{UNWRITTEN}",
+        ),
+        (
+            "one block too few multiplies",
+            "(p.rope.tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS",
+            "p.rope.tokens / BLOCK_TOKENS",
+            f"{UNWRITTEN}|{OFF}|{OVERLAP}",
+        ),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, "mla_q_absorb_rope_kv_cache.cu", subject=ABSORB_DIRECT)
+    for texts in (
+        ("rows past the end are read", "= Product::row(i) < count;", "= true;", OFF),
+        ("rows past the end are written", "if (token >= at.tokens) continue;", "", f"{OFF}|{OVERLAP}"),
+        ("the second tile is the first", "        x += TILE * row;\n", "", WRONG),
+        ("warps have the same columns", "warp_uniform(threadIdx.x / WARP_SIZE) * Product::COLUMNS;", "0;", UNWRITTEN),
+    )
+]
+
+
 # ---- mla_v_up_quant -------------------------------------------------------------------------------------------------
 
 # Two blocks share a group; a second tile of tokens is not full.
@@ -476,7 +536,7 @@ MUTATIONS += [
             OFF,
         ),
         ("mla_v_up_quant.cu", "w_uv's rows are dense", "w_rows = W_ROWS * p.w_row", "w_rows = W_ROWS * V_DIM", OFF),
-        ("mla_v_up_quant.cu", "words go half the way", "mask = 1; mask < 4", "mask = 1; mask < 2", WRONG),
+        ("mma.cuh", "words go half the way", "mask = 1; mask < 4", "mask = 1; mask < 2", WRONG),
         ("mla_v_up_quant.cu", "rows past the end are written", "if (exists) sixteen", "sixteen", OFF),
         (
             "mla_v_up_quant.cu",

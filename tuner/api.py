@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,14 +17,15 @@ import torch
 
 from autofuse.cache_db import Captured, TunedDatabase, Winner
 from autofuse.errors import AutofuseError, BadInput
-from autofuse.models import PRESETS, model_config
+from autofuse.models import PRESETS, checked_config, model_config, per_rank
 from autofuse.ops import OPS, Problem, get_op
 from autofuse.ops.base import DTYPES
 from autofuse.ops.buckets import RANGE_BUCKETS, buckets_serving
-from autofuse.targets import parse_device
 from autofuse.tuner.budgets import STOP_GRACE_S, Effort
 from autofuse.tuner.budgets import effort as effort_named
-from autofuse.tuner.job import Bucket, BucketDone, Event, tune_buckets
+from autofuse.tuner.device_lock import device_lock
+from autofuse.tuner.devices import parse_devices, tune_on_devices
+from autofuse.tuner.job import Bucket, BucketDone, Event
 
 __all__ = [
     "DEFAULT_TOKENS",
@@ -37,6 +39,8 @@ __all__ = [
     "tune",
     "tune_site",
 ]
+
+logger = logging.getLogger("autofuse.tuner")
 
 DEFAULT_TOKENS = RANGE_BUCKETS
 """What is tuned where nobody names token counts: enough for a graph that is compiled for any T."""
@@ -57,9 +61,10 @@ def tune(
     retune: bool = False,
     seed: int = 0,
     budget_s: float | None = None,
+    tp: int = 1,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Winner]:
-    """Tunes the fused ops of a model on one device: the same job as ``autofuse tune``.
+    """Tunes the fused ops of a model: the same job as ``autofuse tune``.
 
     What was measured before is not measured again, and every measurement is kept as soon as it is made.
 
@@ -68,13 +73,15 @@ def tune(
             every preset.
         tokens: the T to tune for; calls in between run the next larger one.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda``, ``cuda:N``, several of these with commas between,
+            or ``all`` GPUs. Another tuner on one of them is waited for.
         effort: ``quick``, ``default``, ``exhaustive``, or budgets of your own.
         ops: names of ops; None for all.
         database: the file; None for the default one.
         retune: measure again what is known.
         seed: of the search.
         budget_s: how long it may take, in seconds; None for as long as it takes. The same call goes on from there.
+        tp: ranks of tensor parallelism, which share the model's heads: what one of them runs is tuned.
         on_event: called with what happens, as it happens.
 
     Returns: the winner of each problem and T, those found earlier included.
@@ -84,11 +91,12 @@ def tune(
         >>> autofuse.tune("deepseek-v3", tokens=[1, 64], device="cpu", effort="quick")  # doctest: +SKIP
         [Winner(...), Winner(...)]
     """
-    buckets = model_buckets(model, parse_tokens(tokens), dtype, ops)
+    buckets = model_buckets(model, parse_tokens(tokens), dtype, ops, tp)
     budgets = effort if isinstance(effort, Effort) else effort_named(effort)
-    where = parse_device(str(device))
-    with TunedDatabase(None if database is None else Path(database)) as opened:
-        return tune_buckets(
+    where = parse_devices(str(device))
+    path = None if database is None else Path(database)
+    with TunedDatabase(path) as opened, device_lock(where, on_wait=logger.warning):
+        return tune_on_devices(
             buckets, where, opened, budgets, retune=retune, seed=seed, budget_s=budget_s, on_event=on_event
         )
 
@@ -116,20 +124,24 @@ def parse_tokens(tokens: str | Iterable[int]) -> tuple[int, ...]:
 
 
 def model_buckets(
-    model: Any, tokens: Sequence[int], dtype: str = "bf16", ops: Sequence[str] | None = None
+    model: Any, tokens: Sequence[int], dtype: str = "bf16", ops: Sequence[str] | None = None, tp: int = 1
 ) -> list[Bucket]:
-    """What a model (None: every preset) gives to tune. Raises BadInput, also where that is nothing."""
+    """What a model (None: every preset) gives to tune on one of ``tp`` ranks, which share its heads.
+
+    Raises BadInput, also where that is nothing.
+    """
     if dtype not in DTYPES:
         raise BadInput(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     wanted = [get_op(name) for name in ops] if ops else list(OPS.values())
     problems: dict[Problem, None] = {}
     for each in PRESETS if model is None else [model]:
-        config = model_config(each)
+        name = _name_of(each)
+        config = per_rank(checked_config(model_config(each), name), tp, name)
         for op in wanted:
             try:
                 problems.update(dict.fromkeys(op.model_problems(config, dtype)))
             except (TypeError, ValueError) as error:
-                raise BadInput(f"{_name_of(each)}: its config does not suit {op.name}: {error}") from None
+                raise BadInput(f"{name}: its config does not suit {op.name}: {error}") from None
     if not problems:
         names = ", ".join(op.name for op in wanted)
         raise BadInput(f"{_name_of(model)} has no use for {names}: there is nothing to tune")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,10 +13,13 @@ from autofuse.ops import Config, FusedOp, Problem, get_op
 from autofuse.runtime.dispatch import BoundPlan, bind_plan, registry
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
+from autofuse.tuner.bandwidth import bandwidth
 from autofuse.tuner.budgets import Effort
+from autofuse.tuner.disturbance import Comparison, watch
 from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
-from autofuse.tuner.measure import Ring, Runner, Timing, example_ring, interleave, runner, time_alone
+from autofuse.tuner.measure import Ring, Runner, example_ring, interleave, runner
+from autofuse.tuner.racing import Race, race
 from autofuse.tuner.verify import Verification
 
 __all__ = ["COMPILED", "EAGER", "Bench", "Note"]
@@ -44,6 +48,7 @@ class Bench:
         self._note = note
         self._subject: Subject = ""
         self._bucket: _Bucket | None = None
+        self._watch = watch(device)
 
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
         """Prepares for the candidates of a bucket: inputs, and their references.
@@ -65,10 +70,16 @@ class Bench:
             # Not through the dispatcher: it refuses indices that do not exist, and a kernel must stand them.
             return bucket.verification.check(GuardedCall(self._bound(config)))
 
-    def time(self, config: Config) -> Timing:
-        """How long a call takes. Run it only after ``verify``."""
+    def time(self, config: Config, best: Config | None) -> Race:
+        """How long a call takes, in a race with the best config so far. Run it only after ``verify``."""
+        bucket = self._opened()
+        rival = None if best is None else self._lasting(best)
         with self._running(config):
-            return time_alone(self._prepared(config), self._effort.trial_rounds)
+            prepared = self._prepared(config)
+            outcome = race(prepared, rival, self._effort)
+        if not outcome.pruned:
+            bucket.runners[config] = prepared
+        return outcome
 
     def baselines(self, compiled: bool) -> list[str]:
         """The kinds of baselines that ``interleave`` takes from now on; without ``compiled`` that is eager alone."""
@@ -81,42 +92,54 @@ class Bench:
                 bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0])
         return list(bucket.baselines)
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
+    def bandwidth(self) -> float:
+        """Bytes per µs that the device's memory can do; see ``bandwidth``."""
+        return bandwidth(self._device)
+
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         """Times configs and baselines in turns."""
-        bucket = self._opened()
-        prepared = []
-        for subject in subjects:
-            if subject not in bucket.runners:
-                with self._running(subject):
-                    bucket.runners[subject] = _NotedRunner(self._runner(subject), subject, self._take_note)
-            prepared.append(bucket.runners[subject])
+        prepared = [self._lasting(subject) for subject in subjects]
         with self._running(subjects[0]):
-            return interleave(prepared, rounds, seed)
+            self._watch.begin()
+            timings = interleave(prepared, rounds, seed)
+            return Comparison(tuple(timings), self._watch.end())
 
     def _opened(self) -> _Bucket:
         assert self._bucket is not None, "no bucket is open"
         return self._bucket
 
-    def _runner(self, subject: Subject) -> Runner:
-        if isinstance(subject, Config):
-            return self._prepared(subject)
+    def _lasting(self, subject: Subject) -> Runner:
+        """A warm runner that is kept for as long as the bucket is open."""
         bucket = self._opened()
-        if subject not in bucket.baselines:  # in a worker that took another's place
-            self.baselines(compiled=subject != EAGER)
-        if subject not in bucket.baselines:
-            raise LaunchError(f"{bucket.op.name} cannot be compiled any more")
-        return runner(bucket.baselines[subject], bucket.ring, self._device, self._effort)
+        if subject not in bucket.runners:
+            with self._running(subject):
+                prepared = self._prepared(subject)
+                prepared.warm(self._effort.warmup_rounds)
+            bucket.runners[subject] = prepared
+        return bucket.runners[subject]
 
-    def _prepared(self, config: Config) -> Runner:
-        """The config as a compiled graph would run it: through PyTorch's dispatcher, with a plan."""
+    def _prepared(self, subject: Subject) -> Runner:
+        """A cold runner. A config runs as in a compiled graph: through PyTorch's dispatcher, with a plan."""
         bucket = self._opened()
-        bound = self._bound(config)
-        args = bucket.ring.sets[0]
-        if not bound.binding.accepts(args) or not bound.binding.launchable(args, bound.variants[0].shape.align):
-            raise UnsupportedCall(f"{bucket.op.name} would run its reference: the model's arguments do not suit it")
-        overload = getattr(torch.ops.autofuse, bucket.op.name).default
-        plan = str(self._plan(config))
-        return runner(lambda *args: overload(*args, plan), bucket.ring, self._device, self._effort)
+        if isinstance(subject, Config):
+            bound = self._bound(subject)
+            args = bucket.ring.sets[0]
+            if not bound.binding.accepts(args) or not bound.binding.launchable(args, bound.variants[0].shape.align):
+                raise UnsupportedCall(f"{bucket.op.name} would run its reference: the model's arguments do not suit it")
+            overload = getattr(torch.ops.autofuse, bucket.op.name).default
+            plan = str(self._plan(subject))
+
+            def call(*args: Any) -> Any:
+                return overload(*args, plan)
+
+        else:
+            if subject not in bucket.baselines:  # in a worker that took another's place
+                self.baselines(compiled=subject != EAGER)
+            if subject not in bucket.baselines:
+                raise LaunchError(f"{bucket.op.name} cannot be compiled any more")
+            call = bucket.baselines[subject]
+        prepared = runner(call, bucket.ring, self._device, self._effort, warm=False)
+        return _NotedRunner(prepared, subject, self._take_note)
 
     def _bound(self, config: Config) -> BoundPlan:
         return bind_plan(self._opened().op, self._plan(config), self._device)
@@ -165,6 +188,7 @@ class _NotedRunner(Runner):
         self._inner = inner
         self._subject = subject
         self._note = note
+        self.first_us = inner.first_us
 
     def _time_us(self) -> float:
         return self._inner._time_us()

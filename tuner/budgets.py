@@ -7,18 +7,27 @@ from dataclasses import dataclass
 from autofuse.errors import BadInput
 
 __all__ = [
+    "BUSY_SHARE",
     "COMPILE_BUDGET_S",
     "COMPILE_LIMIT_S",
     "EFFORTS",
     "FINAL_SHARE",
     "GUARD_BYTES",
     "GUARD_ROWS",
+    "GUESSED_PACE",
     "KILL_GRACE_S",
+    "LONGEST_PAUSE_S",
+    "LOOK_S",
     "MOST_GUARD_BYTES",
+    "OTHERS_SHARE",
+    "RANK_WAIT_S",
     "STOP_GRACE_S",
     "VERIFY_MEMORY_SHARE",
+    "WATCH_DUTY",
+    "WATCH_LOOK_S",
     "Effort",
     "Limits",
+    "Pace",
     "effort",
 ]
 
@@ -47,9 +56,50 @@ GUARD_BYTES = 4096
 MOST_GUARD_BYTES = 4 << 20
 """And at most so long."""
 
+BUSY_SHARE = 0.2
+"""A device is busy with others' work if that takes more than this share of it."""
+
+LOOK_S = 1.0
+"""How long a device is looked at to find out."""
+
+WATCH_DUTY = 0.25
+"""Of its time, so much a service tunes at most, unless it is told otherwise."""
+
+WATCH_LOOK_S = 15.0
+"""How often a service looks for new sites, and whether a busy device is idle again."""
+
+RANK_WAIT_S = 60.0
+"""How long a rank of a distributed job waits for a lower one to compile, before it decides without."""
+
+LONGEST_PAUSE_S = 60.0
+"""What lies further apart in the database was not measured in one go: a forecast leaves it out."""
+
+OTHERS_SHARE = 0.1
+"""A CPU was busy if other processes had more than this share of its cores during a measurement."""
+
 VERIFY_MEMORY_SHARE = 0.25
 """Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is
 beyond is computed anew for each."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a device tunes.
+
+    Attributes:
+        trial_s: to verify and time a config.
+        bucket_s: what a bucket takes besides: its inputs, the first compilation, the baselines, the last measurement.
+        open_s: of this, what comes before the first trial.
+    """
+
+    trial_s: float
+    bucket_s: float
+    open_s: float
+
+
+GUESSED_PACE = {"cpu": Pace(0.4, 12.0, 2.0), "cuda": Pace(0.2, 5.0, 1.5), "hip": Pace(0.2, 5.0, 1.5)}
+"""Kind of target → what a forecast goes by where nothing was measured. Guesses: the CPU's is that of two cores of an
+EPYC, the others are not measured."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +134,21 @@ class Effort:
     Attributes:
         exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones by TPE.
         trials: configs measured per bucket by TPE, those already in the database included.
+        priors: winners of other buckets, problems and devices that are tried before anything else.
         startup_trials: of these, drawn at random before TPE has a model.
         refinement: of these, the share at the end that goes to neighbours of the best.
         batch: configs that TPE proposes at once, so that they compile side by side.
         asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
-        trial_rounds: timed rounds per config.
+        race_margin: a config that takes so many times as long as the best before it is not timed to the end.
+        race_pairs: rounds of both, side by side, that must all say so.
+        trial_rounds: timed rounds per config that is.
         finalists: best configs that are measured again to choose one of them.
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
+        tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
-        attempts: such a measurement of the gain is made at most so many times; the steadiest counts.
+        attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
+            it is not steady.
         round_us: length of one timed round on a GPU, in µs, at least half of it; short rounds would measure the clock.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
@@ -106,13 +161,17 @@ class Effort:
 
     exhaustive_up_to: int = 64
     trials: int = 96
+    priors: int = 4
     startup_trials: int = 24
     refinement: float = 1 / 3
     batch: int = 8
     asks_per_trial: int = 40
+    race_margin: float = 1.1
+    race_pairs: int = 2
     trial_rounds: int = 7
     finalists: int = 4
     final_rounds: int = 25
+    tie: float = 0.005
     steady_interval: float = 1.15
     attempts: int = 4
     round_us: float = 2_000.0

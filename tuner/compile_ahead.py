@@ -34,7 +34,7 @@ class CompilePool:
     def __init__(self, kind: str, arch: str, workers: int | None = None) -> None:
         self._kind = kind
         self._arch = arch
-        self._threads = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, _MOST_WORKERS), "autofuse-compile")
+        self._threads = ThreadPoolExecutor(min(workers or os.cpu_count() or 1, _MOST_WORKERS), "autofuse-compile")
         self._local = threading.local()
         self._workers: list[subprocess.Popen[str]] = []
 

@@ -28,11 +28,13 @@ import torch
 from autofuse import errors, kernels_src
 from autofuse.errors import AutofuseError, BadInput, TargetUnavailable
 from autofuse.ops import Config, Problem, get_op
-from autofuse.tuner.bench import COMPILED
+from autofuse.tuner.bench import COMPILED, EAGER
 from autofuse.tuner.budgets import KILL_GRACE_S, Effort
+from autofuse.tuner.disturbance import Comparison
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.measure import Timing
 from autofuse.tuner.processes import kill_group, start_module
+from autofuse.tuner.racing import Race
 from autofuse.tuner.worker import NOTE_BYTES, decode_subject, encode_effort, encode_subject
 
 __all__ = ["IsolatedBench", "WorkerError"]
@@ -80,6 +82,7 @@ class IsolatedBench:
         self._opened_s = 0.0  # how long it took to open the bucket
         self._ran: set[Subject] = set()  # configs in the present worker
         self._has_baselines = False  # of this bucket, the present worker
+        self._unfit: Config | None = None  # there are no races against it
 
     def __enter__(self) -> IsolatedBench:
         return self
@@ -101,6 +104,7 @@ class IsolatedBench:
                 "move its class, and what adds it, to a module of their own"
             )
         self._bucket = {"problem": str(problem), "tokens": tokens, "source_hash": source_hash, "module": module}
+        self._unfit = None
         if self._worker is None:
             self._start()
             return
@@ -112,21 +116,43 @@ class IsolatedBench:
     def verify(self, config: Config) -> float:
         return float(self._ask("verify", {"config": str(config)}, [config], self._limits.verify_s))
 
-    def time(self, config: Config) -> Timing:
-        return Timing(tuple(self._ask("time", {"config": str(config)}, [config], self._limits.time_s)))
+    def time(self, config: Config, best: Config | None) -> Race:
+        """A race in which a process dies, or the best config fails, says nothing of ``config``: it is timed once more
+        without one, and the bucket has no more races against that best.
+        """
+        if best is None or best == self._unfit:
+            return self._time(config, None)
+        try:
+            return self._time(config, best)
+        except CandidateFailed as failed:
+            if failed.subject == config and failed.status != "crashed":
+                raise
+            logger.info("%s: %s: %s is timed once more, alone", failed.subject, failed, config)
+            self._unfit = best
+        return self._time(config, None)
+
+    def _time(self, config: Config, best: Config | None) -> Race:
+        arguments = {"config": str(config), "best": None if best is None else str(best)}
+        subjects = [config] if best is None else [config, best]
+        answer = self._ask("time", arguments, subjects, self._limits.time_s)
+        return Race(Timing(tuple(answer["rounds_us"])), answer["pruned"])
 
     def baselines(self, compiled: bool) -> list[str]:
         kinds = list(self._ask("baselines", {"compiled": compiled}, [COMPILED], self._limits.baselines_s))
         self._has_baselines = True
         return kinds
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> list[Timing]:
+    def bandwidth(self) -> float:
+        return float(self._ask("bandwidth", {}, [EAGER], self._limits.time_s))
+
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         arguments = {"subjects": [encode_subject(subject) for subject in subjects], "rounds": rounds, "seed": seed}
         limit_s = self._limits.final_s
         if not self._has_baselines and any(isinstance(subject, str) for subject in subjects):
             limit_s += self._limits.baselines_s
         rounds = len(subjects) * (rounds + _PREPARING_ROUNDS)
-        return [Timing(tuple(each)) for each in self._ask("interleave", arguments, subjects, limit_s, rounds)]
+        answer = self._ask("interleave", arguments, subjects, limit_s, rounds)
+        return Comparison(tuple(Timing(tuple(each)) for each in answer["rounds_us"]), tuple(answer["disturbances"]))
 
     def _ask(
         self, method: str, arguments: dict[str, Any], subjects: Sequence[Subject], limit_s: float, rounds: int = 0
@@ -220,6 +246,8 @@ def _value(answer: dict[str, Any]) -> Any:
         raise getattr(errors, name)(message) from there
     if name == "MemoryError":
         raise MemoryError(message) from there
+    if name == "OSError":  # such as a full disk
+        raise OSError(message) from there
     raise RuntimeError(f"{name}: {message}") from there
 
 

@@ -6,6 +6,7 @@ in a process of its own.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import platform
@@ -13,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
-from autofuse.errors import AutofuseError, BadInput, CompileError, TargetUnavailable
-from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
+from autofuse.ops import Config, FusedOp, get_op
 from autofuse.targets import Artifact, Target, target_of, toolchain
 from autofuse.tuner.bench import EAGER
 from autofuse.tuner.budgets import FINAL_SHARE, Effort
@@ -28,22 +29,27 @@ from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.measure import Gain, Timing, gain
+from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import search_for
+from autofuse.tuner.ties import choose
 
-__all__ = ["Bucket", "BucketDone", "BucketStarted", "Event", "TrialDone", "tune_buckets"]
+__all__ = [
+    "Bucket",
+    "BucketDone",
+    "BucketStarted",
+    "Event",
+    "Known",
+    "TrialDone",
+    "known_of",
+    "provenance_of",
+    "tune_buckets",
+    "tune_shares",
+]
 
 logger = logging.getLogger("autofuse.tuner")
 
 _DIED = "the process died while this config ran"
 _DIED_AGAIN = "the process died twice while this config ran"
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """One thing to tune: a problem at T tokens."""
-
-    problem: Problem
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,21 @@ class TrialDone:
 
 @dataclass(frozen=True)
 class BucketDone:
-    """A bucket is finished. ``winner`` is None where no config was right; ``measured`` is False if all was known."""
+    """A bucket is finished.
+
+    Attributes:
+        winner: None where no config was right.
+        measured: False if all was known.
+        bandwidth_share: of the memory's bandwidth, what the winner reaches if it moves each byte once; None where that
+            was not measured.
+        disturbances: what else went on while the winner's time and gain were measured, in words for a person.
+    """
 
     bucket: Bucket
     winner: Winner | None
     measured: bool
+    bandwidth_share: float | None = field(default=None, compare=False)
+    disturbances: tuple[str, ...] = ()
 
 
 Event = BucketStarted | TrialDone | BucketDone
@@ -107,30 +123,102 @@ def tune_buckets(
     Raises: BadInput, TargetUnavailable, DatabaseError. A config that fails is a row, not an error; if not one of a
         bucket compiles, that is the compiler's fault rather than theirs: TargetUnavailable, and no row.
     """
+    queue = BucketQueue(buckets, budget_s)
+    return tune_shares(queue.take, device, database, effort, retune=retune, seed=seed, on_event=on_event)
+
+
+def tune_shares(
+    take: Callable[[], Share | None],
+    device: torch.device,
+    database: TunedDatabase,
+    effort: Effort,
+    *,
+    retune: bool = False,
+    seed: int = 0,
+    on_event: Callable[[Event], None] = lambda event: None,
+    compilers: int | None = None,
+) -> list[Winner]:
+    """Tunes what it takes on ``device``, until nothing is left: ``tune_buckets`` for one of several devices.
+
+    Args:
+        take: gives the next bucket and its time; None at the end.
+        compilers: how many candidates compile at a time; as many as there are cores, unless given.
+    """
     target = target_of(device)
-    chain = toolchain(target.kind)
-    provenance = database.record_provenance(
-        {
-            "host": platform.node(),
-            "torch": torch.__version__,
-            "autofuse": _autofuse_version(),
-            **chain.provenance(device),
-        }
-    )
+    provenance = database.record_provenance(provenance_of(device))
     winners = []
-    end = None if budget_s is None else time.monotonic() + budget_s
-    with compile_pool(target.kind, target.arch) as pool, IsolatedBench(device, effort) as bench:
-        for done, bucket in enumerate(buckets):
-            if bucket.tokens < 1:
-                raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
-            share_s = None if end is None else (end - time.monotonic()) / (len(buckets) - done)
-            if share_s is not None and share_s <= 0:
-                logger.info("the time is over with %d buckets to tune", len(buckets) - done)
-                break
-            tuning = _BucketTuning(bucket, target, database, effort, provenance, pool, bench, on_event)
-            if winner := tuning.run(retune=retune, seed=seed, budget_s=share_s):
+    with compile_pool(target.kind, target.arch, compilers) as pool, IsolatedBench(device, effort) as bench:
+        tell = _with_bandwidth(bench, on_event)
+        while share := take():
+            tuning = _BucketTuning(share.bucket, target, database, effort, provenance, pool, bench, tell)
+            if winner := tuning.run(retune=retune, seed=seed, budget_s=share.budget_s):
                 winners.append(winner)
     return winners
+
+
+def _with_bandwidth(bench: IsolatedBench, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """``on_event``, told besides which share of the bandwidth a winner reaches. It is measured once, on first use."""
+    found: list[float | None] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, BucketDone) and event.measured and event.winner is not None:
+            if not found:
+                found.append(_bandwidth(bench))
+            if bytes_per_us := found[0]:
+                moved = get_op(event.bucket.problem.op).bytes_moved(event.bucket.problem, event.bucket.tokens)
+                event = replace(event, bandwidth_share=moved / bytes_per_us / event.winner.time_us)
+        on_event(event)
+
+    return tell
+
+
+def _bandwidth(bench: IsolatedBench) -> float | None:
+    try:
+        return bench.bandwidth()
+    except (CandidateFailed, AutofuseError, MemoryError, RuntimeError) as error:  # a line for a person lacks a number
+        logger.info("the bandwidth cannot be measured: %s", error)
+        return None
+
+
+def provenance_of(device: torch.device) -> dict[str, str | int | float | None]:
+    """What else than the config could change a timing on ``device``."""
+    return {
+        "host": platform.node(),
+        "torch": torch.__version__,
+        "autofuse": _autofuse_version(),
+        **toolchain(target_of(device).kind).provenance(device),
+    }
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the database knows of a bucket, as the tuner takes it.
+
+    Attributes:
+        trials: config → trial, of those that need not be made again.
+        winner: the present one, of whatever kernel source.
+        fresh: whether it was measured with the present source.
+    """
+
+    trials: Mapping[Config, Trial]
+    winner: Winner | None
+    fresh: bool
+
+
+def known_of(database: TunedDatabase, target: Target, bucket: Bucket, provenance: str) -> Known:
+    """Args: provenance: the id of the present one; failures under another one are tried again."""
+    source_hash = get_op(bucket.problem.op).source_hash(target.kind)
+    trials = database.trials(target, bucket.problem, bucket.tokens, source_hash)
+    winner = database.winner(target, bucket.problem, bucket.tokens)
+    fresh = winner is not None and winner.source_hash == source_hash
+    return Known({trial.config: trial for trial in trials if _holds(trial, provenance)}, winner, fresh)
+
+
+def _holds(trial: Trial, provenance: str) -> bool:
+    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and one death
+    of the tuning process may have had any reason.
+    """
+    return not trial.failed or (trial.provenance == provenance and trial.message != _DIED)
 
 
 class _BucketTuning:
@@ -158,21 +246,23 @@ class _BucketTuning:
         self._bench = bench
         self._on_event = on_event
         self._source_hash = self._op.source_hash(target.kind)
+        self._space = self._op.kernel_source(target.kind).space
+        self._disturbances: tuple[str, ...] = ()
+        self._by_code: dict[tuple[object, ...], Trial] = {}  # of what ran
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
-        known = {} if retune else {trial.config: trial for trial in self._trials() if self._holds(trial)}
-        space = self._op.kernel_source(self._target.kind).space
-        times = {config: trial.time_us if trial.status == "ok" else None for config, trial in known.items()}
-        search = search_for(space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
-        winner = self._database.winner(self._target, self._problem, self._tokens)
-        fresh = winner is not None and winner.source_hash == self._source_hash and not retune
+        before = known_of(self._database, self._target, self._bucket, self._provenance)
+        known = {} if retune else before.trials
+        times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
+        search = search_for(self._space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
         self._on_event(BucketStarted(self._bucket, search.total))
-        if fresh and search.total == 0:
-            self._on_event(BucketDone(self._bucket, winner, measured=False))
-            return winner
+        if before.fresh and not retune and search.total == 0:
+            self._on_event(BucketDone(self._bucket, before.winner, measured=False))
+            return before.winner
         self._bench.open(self._problem, self._tokens, self._source_hash)
         measured: set[Config] = set(known)
+        best = min((trial for trial in known.values() if trial.status == "ok"), key=_time_us, default=None)
         compiles = any(trial.status != "compile_error" for trial in known.values())
         held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
         cut_short = False
@@ -184,8 +274,10 @@ class _BucketTuning:
                 if cut_short := bool(measured) and time.monotonic() >= stop_search:
                     future.cancel()
                     continue
-                trial = self._measure(config, future)
-                search.tell(config, trial.time_us if trial.status == "ok" else None)
+                trial = self._measure(config, future, best)
+                search.tell(config, None if trial.failed else trial.time_us)
+                if trial.status == "ok":
+                    best = trial if best is None else min(best, trial, key=_time_us)
                 held.append(trial)
                 compiles = compiles or trial.status != "compile_error"
                 while compiles and held:
@@ -196,41 +288,93 @@ class _BucketTuning:
                     self._on_event(TrialDone(self._bucket, done))
         if held:
             raise TargetUnavailable(f"no config of {self._problem} compiles, the first for: {held[0].message}")
-        finalists = [trial.config for trial in self._trials() if trial.status == "ok" and trial.config in measured]
+        trials = [trial for trial in self._trials() if trial.config in measured]
+        finalists = [trial.config for trial in trials if trial.status == "ok" and not trial.message]  # of twins one
         if cut_short and not finalists:
             return None  # neither done nor known not to work: the next job goes on
-        winner = self._final(finalists)
-        self._on_event(BucketDone(self._bucket, winner, measured=True))
+        pruned = [trial for trial in trials if trial.status == "pruned"]
+        winner = self._final(finalists) or self._final(self._timed_to_the_end(pruned))
+        if winner is None:
+            place = f"{self._problem} at T={self._tokens}"
+            logger.warning("%s: no config is right and runs; see the failed trials", place)
+        self._on_event(BucketDone(self._bucket, winner, measured=True, disturbances=self._disturbances))
         return winner
-
-    def _holds(self, trial: Trial) -> bool:
-        """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and
-        one death of the tuning process may have had any reason.
-        """
-        return trial.status == "ok" or (trial.provenance == self._provenance and trial.message != _DIED)
 
     def _trials(self) -> list[Trial]:
         return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
 
     def _first_configs(self) -> list[Config]:
-        """The default, and what won in the buckets nearest to this one; in this one itself with other sources."""
-        others = list(self._database.winners(target=self._target, problem=self._problem))
-        others.sort(key=lambda winner: max(winner.tokens, self._tokens) / min(winner.tokens, self._tokens))
-        default = self._op.default_config(self._target.kind, self._problem, self._tokens)
-        return [default, *(winner.config for winner in others[:4])]
+        """The default, and what won in what is most like this bucket: with other sources, at other T, for other
+        problems of the op, on other devices of this kind.
+        """
 
-    def _measure(self, config: Config, compiling: Future[Artifact]) -> Trial:
+        def unlike(winner: Winner) -> tuple[int, float]:
+            params, mine = dict(winner.problem.params), dict(self._problem.params)
+            others = sum(params.get(name) != value for name, value in mine.items())
+            ratio = max(winner.tokens, self._tokens) / min(winner.tokens, self._tokens)
+            return others + (winner.target != self._target), ratio
+
+        winners = [w for w in self._database.winners(op=self._op.name) if w.target.kind == self._target.kind]
+        default = self._op.default_config(self._target.kind, self._problem, self._tokens)
+        configs = dict.fromkeys([default, *(winner.config for winner in sorted(winners, key=unlike))])
+        return list(configs)[: 1 + self._effort.priors]
+
+    def _timed_to_the_end(self, pruned: Sequence[Trial]) -> list[Config]:
+        """The fastest of these that is right and runs, or none. What they lost their races to has failed since."""
+        self._by_code.clear()  # so what came of the races does not hold
+        for trial in pruned:
+            (compiling,) = self._pool.submit([self._op.spec(self._target.kind, self._problem, trial.config)])
+            if self._measure(trial.config, compiling, None).status == "ok":
+                return [trial.config]
+        return []
+
+    def _measure(self, config: Config, compiling: Future[Artifact], best: Trial | None) -> Trial:
         """Compiles, verifies and times one config; whatever goes wrong with it is the trial's outcome.
 
         The trial is recorded, but for one that does not compile.
+
+        Args: best: the fastest so far, which it races.
         """
         try:
             artifact = compiling.result()
         except CompileError as error:
             return self._trial(config, "compile_error", message=str(error))
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
+        if settled := self._without_a_run(config, artifact, facts, best):
+            return self._database.record_trial(settled)
         with self._presumed_dead(config, facts):
-            return self._database.record_trial(self._outcome(config, facts))
+            trial = self._outcome(config, facts, None if best is None else best.config)
+            self._by_code[self._code(config, artifact)] = trial
+            return self._database.record_trial(trial)
+
+    def _without_a_run(
+        self, config: Config, artifact: Artifact, facts: Mapping[str, Any], best: Trial | None
+    ) -> Trial | None:
+        """What comes of a config that need not run: its code ran already, it cannot be launched, or it spills registers
+        where another one that is right does not. None for all others.
+
+        Of 51 configs that spilled in 40 buckets on an H200, the fastest took 1.34 times as long as its bucket's best.
+        """
+        if twin := self._by_code.get(self._code(config, artifact)):
+            message = twin.message or f"the same code as {twin.config}"
+            return replace(twin, config=config, message=message, compile_s=artifact.seconds)
+        spec = self._op.spec(self._target.kind, self._problem, config)
+        needed = spec.shared_bytes + (artifact.resources.shared_bytes or 0)
+        most = toolchain(self._target.kind).most_shared_bytes(self._target.arch)
+        if most is not None and needed > most:
+            message = f"a block needs {needed} bytes of shared memory; it can have {most}"
+            return self._trial(config, "launch_error", message=message, **facts)
+        if artifact.resources.spill_bytes and best is not None and not best.spill_bytes:
+            message = f"it spills {artifact.resources.spill_bytes} bytes of registers; it was not run"
+            return self._trial(config, "pruned", message=message, **facts)
+        return None
+
+    def _code(self, config: Config, artifact: Artifact) -> tuple[object, ...]:
+        """Equal for configs that run the same code in the same way."""
+        spec = self._op.spec(self._target.kind, self._problem, config)
+        launch = (spec.block, spec.shared_bytes, spec.programmatic_launch)
+        digest = hashlib.sha256(artifact.path.read_bytes()).hexdigest()
+        return (digest, *launch, self._op.launch_shape(self._problem, config))
 
     @contextmanager
     def _presumed_dead(self, config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
@@ -253,17 +397,16 @@ class _BucketTuning:
                     self._database.record_trial(before)
             raise
 
-    def _outcome(self, config: Config, facts: Mapping[str, Any]) -> Trial:
+    def _outcome(self, config: Config, facts: Mapping[str, Any], best: Config | None) -> Trial:
         """Verifies and times a config that compiles."""
         try:
             difference = self._bench.verify(config)
-            timing = self._bench.time(config)
-            _check_times(config, timing)
+            race = self._bench.time(config, best)
+            _check_times(config, race.timing)
         except CandidateFailed as failed:
             return self._trial(config, failed.status, message=str(failed), **facts)
-        return self._trial(
-            config, "ok", time_us=timing.median_us, spread_us=timing.spread_us, error=difference, **facts
-        )
+        times = {"time_us": race.timing.median_us, "spread_us": race.timing.spread_us}
+        return self._trial(config, "pruned" if race.pruned else "ok", **times, error=difference, **facts)
 
     def _trial(self, config: Config, status: str, **facts: Any) -> Trial:
         return Trial(
@@ -299,17 +442,15 @@ class _BucketTuning:
                     self._warn_of_baseline(failed)
                 continue
             return self._record(chosen, final)
-        logger.warning("%s at T=%d: no config is right and runs; see the failed trials", self._problem, self._tokens)
         return None
 
     def _choose(self, configs: Sequence[Config]) -> Config:
         if len(configs) == 1:
             return configs[0]
-        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0)
+        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0).timings
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
-        medians = [timing.median_us for timing in timings]
-        return configs[medians.index(min(medians))]
+        return choose(configs, timings, self._space, self._effort.tie)
 
     def _baselines(self) -> list[str]:
         try:
@@ -332,28 +473,28 @@ class _BucketTuning:
         final: _Final | None = None
         subjects: list[Subject] = [*kinds, config]
         for attempt in range(self._effort.attempts):
-            timings = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
-            for subject, timing in zip(subjects, timings, strict=True):
+            done = self._bench.interleave(subjects, self._effort.final_rounds, seed=1 + attempt)
+            for subject, timing in zip(subjects, done.timings, strict=True):
                 _check_times(subject, timing)
-            again = _Final.of(dict(zip(kinds, timings, strict=False)), timings[-1])
+            again = _Final.of(dict(zip(kinds, done.timings, strict=False)), done.timings[-1], done.disturbances)
             if final is None or again.interval < final.interval:
                 final = again
             if final.interval <= self._effort.steady_interval:
                 break
         assert final is not None
+        if final.interval > self._effort.steady_interval:
+            final = replace(final, disturbances=("unsteady times", *final.disturbances))
         return final
 
     def _record(self, config: Config, final: _Final) -> Winner:
+        provenance, self._disturbances = self._provenance, final.disturbances
+        if final.disturbances:
+            fields = self._database.provenance(self._provenance)
+            provenance = self._database.record_provenance({**fields, "disturbances": "; ".join(final.disturbances)})
         for name, timing in final.baselines.items():
             self._database.record_baseline(
                 Baseline(
-                    self._target,
-                    self._problem,
-                    self._tokens,
-                    name,
-                    timing.median_us,
-                    timing.spread_us,
-                    self._provenance,
+                    self._target, self._problem, self._tokens, name, timing.median_us, timing.spread_us, provenance
                 )
             )
         baseline, timing = final.baselines[final.baseline], final.timing
@@ -371,7 +512,7 @@ class _BucketTuning:
                 final.gain.median,
                 final.gain.low,
                 final.gain.high,
-                self._provenance,
+                provenance,
             )
         )
 
@@ -384,16 +525,22 @@ class _Final:
     baseline: str
     timing: Timing
     gain: Gain
+    disturbances: tuple[str, ...]
 
     @classmethod
-    def of(cls, baselines: Mapping[str, Timing], timing: Timing) -> _Final:
+    def of(cls, baselines: Mapping[str, Timing], timing: Timing, disturbances: tuple[str, ...]) -> _Final:
         kind = min(baselines, key=lambda name: baselines[name].median_us)
-        return cls(baselines, kind, timing, gain(baselines[kind], timing))
+        return cls(baselines, kind, timing, gain(baselines[kind], timing), disturbances)
 
     @property
     def interval(self) -> float:
         """How wide the gain's interval is: high ÷ low."""
         return self.gain.high / self.gain.low
+
+
+def _time_us(trial: Trial) -> float:
+    assert trial.time_us is not None
+    return trial.time_us
 
 
 def _check_times(subject: Subject, timing: Timing) -> None:

@@ -109,10 +109,12 @@ class Runner(ABC):
     Attributes:
         repeats: what a round repeats: calls on a CPU, replays of the CUDA graph on a GPU.
         calls_each: calls in each of these.
+        first_us: the shortest of the few rounds that told its length, µs per call.
     """
 
     repeats = 1
     calls_each = 1
+    first_us = 0.0
 
     @abstractmethod
     def _time_us(self) -> float:
@@ -122,12 +124,18 @@ class Runner(ABC):
         """Times one round: µs per call."""
         return self._time_us() / (self.repeats * self.calls_each)
 
+    def warm(self, rounds: int) -> None:
+        """Runs rounds that nobody looks at."""
+        for _ in range(rounds):
+            self.round_us()
+
     def _lengthen(self, wanted_us: float) -> None:
         """Doubles the repeats until the shortest of a few rounds lasts at least half of ``wanted_us``, as ``timeit``
         does. One call is never enough to go by: whatever interrupts it is longer than the call.
         """
-        while min(self._time_us() for _ in range(_SOME_ROUNDS)) < wanted_us / 2:
+        while (shortest_us := min(self._time_us() for _ in range(_SOME_ROUNDS))) < wanted_us / 2:
             self.repeats *= 2
+        self.first_us = shortest_us / (self.repeats * self.calls_each)
 
 
 class _CudaRunner(Runner):
@@ -173,11 +181,14 @@ class _CpuRunner(Runner):
         return (time.perf_counter_ns() - start) / 1e3
 
 
-def runner(call: Call, ring: Ring, device: torch.device, effort: Effort) -> Runner:
-    """Prepares ``call`` for timing; runs it some times. Raises whatever ``call`` raises."""
+def runner(call: Call, ring: Ring, device: torch.device, effort: Effort, *, warm: bool = True) -> Runner:
+    """Prepares ``call`` for timing; runs it some times. Raises whatever ``call`` raises.
+
+    Args: warm: False leaves ``warm`` to the caller.
+    """
     prepared = (_CudaRunner if device.type == "cuda" else _CpuRunner)(call, ring, effort)
-    for _ in range(effort.warmup_rounds):
-        prepared.round_us()
+    if warm:
+        prepared.warm(effort.warmup_rounds)
     return prepared
 
 

@@ -143,15 +143,19 @@ class _Server:
     def _do_verify(self, config: str) -> float:
         return self._opened().verify(Config.parse(config))
 
-    def _do_time(self, config: str) -> tuple[float, ...]:
-        return self._opened().time(Config.parse(config)).rounds_us
+    def _do_time(self, config: str, best: str | None) -> dict[str, Any]:
+        race = self._opened().time(Config.parse(config), None if best is None else Config.parse(best))
+        return {"rounds_us": race.timing.rounds_us, "pruned": race.pruned}
 
     def _do_baselines(self, compiled: bool) -> list[str]:
         return self._opened().baselines(compiled)
 
-    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> list[tuple[float, ...]]:
-        timings = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
-        return [timing.rounds_us for timing in timings]
+    def _do_bandwidth(self) -> float:
+        return self._opened().bandwidth()
+
+    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> dict[str, Any]:
+        done = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
+        return {"rounds_us": [timing.rounds_us for timing in done.timings], "disturbances": done.disturbances}
 
     def _opened(self) -> Bench:
         assert self._bench is not None

@@ -6,6 +6,7 @@ line that asks to report it, exit code 1, and the traceback if ``AUTOFUSE_TRACEB
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sqlite3
@@ -85,7 +86,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"the database cannot be used: {error}; set AUTOFUSE_DB to another file", BAD_INPUT)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", BAD_INPUT)
+        full = "; free some space and run again: everything measured before is kept" * (error.errno == errno.ENOSPC)
+        return _fail(f"{place}{error.strerror or error}{full}", BAD_INPUT)
     except Exception as error:
         if message := _usage(error):
             return _fail(message, BAD_INPUT)

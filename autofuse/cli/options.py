@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional, TypeVar
+from typing import Annotated, Optional
 
 import typer
 
 from autofuse.cache_db import TunedDatabase
 from autofuse.errors import BadInput
 from autofuse.ops import get_op
+from autofuse.ops.problem import shortened
 from autofuse.targets import Target
 
 __all__ = ["DatabaseOption", "DeviceOption", "DtypeOption", "JsonOption", "OpOption", "OpsOption", "SeedOption"]
-__all__ += ["TargetOption", "checked_op", "choose_targets"]
+__all__ += ["TargetOption", "checked_op", "choose_targets", "parse_duration"]
 
 DatabaseOption = Annotated[
     Optional[Path],  # noqa: UP045 (typer reads it at run time)
@@ -35,12 +37,26 @@ TargetOption = Annotated[
     ),
 ]
 
-_T = TypeVar("_T")
+_DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9}(?:\.\d*)?)s?)?", re.ASCII)
 
 
 def checked_op(name: str | None) -> str | None:
     """``name``, if there is such an op. Raises BadInput."""
     return None if name is None else get_op(name).name
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Seconds: ``300``, ``90s``, ``5m``, ``1h30m``. Raises BadInput, which names ``option``.
+
+    Example:
+        >>> parse_duration("300", "--budget"), parse_duration("1h30m", "--budget")
+        (300.0, 5400.0)
+    """
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise BadInput(f"{option} {shortened(text)} is no duration: give one such as 300, 90s, 5m or 1h30m")
+    hours, minutes, seconds = (float(each or 0) for each in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def choose_targets(database: TunedDatabase, text: str | None) -> Sequence[Target | None]:

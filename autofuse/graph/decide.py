@@ -15,10 +15,11 @@ from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner,
 from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
-from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range
+from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
+from autofuse.graph.ranks import Shared, ranks
 from autofuse.graph.recognise.nodes import expression
 from autofuse.graph.settings import Settings
 from autofuse.ops import FusedOp, get_op
@@ -26,6 +27,7 @@ from autofuse.ops.buckets import buckets_serving
 from autofuse.ops.problem import Config, Problem
 from autofuse.runtime.plan import Plan
 from autofuse.targets import Target, target_of, toolchain
+from autofuse.tuner.budgets import RANK_WAIT_S, STOP_GRACE_S
 
 __all__ = [
     "ANY_TOKENS",
@@ -82,11 +84,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is known of one device: its target and winners, or what keeps us from knowing them."""
+    """What is known of one device: its target and winners, or what keeps us from knowing them.
+
+    ``compared`` is what another rank said of winners that beat eager PyTorch; see ``Shared``. None where this process
+    reads its own database.
+    """
 
     target: Target | None
     snapshot: Snapshot | None
     fault: str = ""
+    compared: frozenset[tuple[str, int]] | None = None
 
     @classmethod
     def of(cls, device: torch.device, settings: Settings) -> Knowledge:
@@ -94,6 +101,11 @@ class Knowledge:
             target = target_of(device)
         except TargetUnavailable as error:
             return cls(None, None, str(error))
+        if ranks.several:
+            path = settings.database or default_path()
+            found = ranks.read(target, settings.database, lambda: read_shared(path, target))
+            snapshot = None if found.fault else found.snapshot(path, target)
+            return cls(target, snapshot, found.fault, found.compared)
         try:
             return cls(target, Snapshot.load(settings.database, target))
         except DatabaseError as error:
@@ -181,7 +193,7 @@ class Decider:
         if not lookup.winners and self.settings.untuned == "tune":
             lookup = self._tuned(key, site.device, lookup)
         if lookup.winners:
-            return self._measured(op, key, lookup)
+            return self._measured(op, key, lookup, self.known[site.device].compared)
         decision = Decision(None, lookup.rule, lookup.reason, problem, key)
         if self.settings.untuned == "fuse":
             buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
@@ -192,13 +204,13 @@ class Decider:
         reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
         return replace(decision, reason=reason, nearest=self._evidence.nearest(key))
 
-    def _measured(self, op: FusedOp, key: Key, lookup: Lookup) -> Decision:
+    def _measured(self, op: FusedOp, key: Key, lookup: Lookup, compared: frozenset[tuple[str, int]] | None) -> Decision:
         """By what was measured: whether every T that the site may be called with is served by something faster."""
         saved = statistics.mean(winner.baseline_us - winner.time_us for winner in lookup.winners)
         decision = Decision(None, lookup.rule, lookup.reason, key.problem, key, lookup.winners, saved)
         if (why := _outside_space(op, key.problem, key.target.kind, lookup)) is not None:
             return replace(decision, rule="refused", reason=why)
-        if (doubtful := self._evidence.only_eager(lookup.winners)) is not None:
+        if (doubtful := self._evidence.only_eager(lookup.winners, compared)) is not None:
             why = (
                 f"at T={doubtful.tokens} it was compared with eager PyTorch alone, and the code that Inductor would "
                 f"generate was not measured: run `autofuse tune --retune --problem '{key.problem}' --tokens "
@@ -224,14 +236,33 @@ class Decider:
         if self.tune is None:
             return replace(before, reason=f"{before.reason}; autofuse.untuned is 'tune': it is tuned while compiling")
         begin = time.perf_counter()
-        low, high = key.tokens_low, key.tokens_high
-        why = tuning_time.tune(self.tune, key.problem, low, high, device, self._database, self.settings.tune_budget)
+        why = self._tune(self.tune, key, device)
         self.kernel_seconds += time.perf_counter() - begin
         self.known[device] = known = Knowledge.of(device, self.settings)
         after = self._lookup(known, key)
         if after.winners:
             return after
         return replace(after, reason=f"{after.reason}; {why or 'tuning while compiling found nothing in its time'}")
+
+    def _tune(self, tune: Tuner, key: Key, device: torch.device) -> str:
+        """Tunes, or waits for the rank that does. Returns why nothing came of it, "" if something did."""
+        budget_s = self.settings.tune_budget
+
+        def here() -> str:
+            return tuning_time.tune(
+                tune, key.problem, key.tokens_low, key.tokens_high, device, self._database, budget_s
+            )
+
+        if not ranks.several:
+            return here()
+
+        def work() -> Shared:
+            if why := here():
+                return Shared(fault=why)
+            return read_shared(self._database, key.target, key.problem)
+
+        wait_s = budget_s + STOP_GRACE_S + RANK_WAIT_S
+        return ranks.tune(key.target, self.settings.database, str(key), wait_s, work)
 
     def _with_kernels(self, op: FusedOp, decision: Decision, target: Target) -> Decision:
         """Compiles the plan's kernels (or finds them compiled): what cannot be compiled must not be fused."""

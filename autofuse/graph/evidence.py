@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from autofuse.cache_db import Captured, Trial, TunedDatabase, Winner
+from autofuse.cache_db import AbsentDatabaseError, Captured, Trial, TunedDatabase, Winner
 from autofuse.errors import DatabaseError
+from autofuse.graph.ranks import Shared
 from autofuse.ops.buckets import within_reach
 from autofuse.ops.problem import Problem
 from autofuse.targets import Target
 
-__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row"]
+__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared"]
 
 ANY_TOKENS = 1 << 31
 """The most tokens a call is taken to have where its graph sets no bound."""
@@ -101,12 +102,20 @@ class Evidence:
         counts = ", ".join(f"{count} {status}" for status, count in Counter(t.status for t in present).most_common())
         return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
 
-    def only_eager(self, winners: Iterable[Winner]) -> Winner | None:
+    def only_eager(
+        self, winners: Iterable[Winner], compared: frozenset[tuple[str, int]] | None = None
+    ) -> Winner | None:
         """The first of ``winners`` that was compared with eager PyTorch alone, because Inductor's code was not
         measured; None if there is none.
+
+        Args: compared: (problem, tokens) of the others that are not Inductor's, where another rank has looked.
         """
         for winner in winners:
             if winner.baseline in _INDUCTOR:
+                continue
+            if compared is not None:
+                if (str(winner.problem), winner.tokens) not in compared:
+                    return winner
                 continue
             bucket = (winner.target, winner.problem, winner.tokens)
             if bucket not in self._baselines:
@@ -121,6 +130,20 @@ class Evidence:
                 return query(database)
         except DatabaseError:
             return []
+
+
+def read_shared(path: Path, target: Target, problem: Problem | None = None) -> Shared:
+    """What a database holds of ``target`` (and of ``problem``, if one is named) that other ranks may need."""
+    try:
+        with TunedDatabase(path, read_only=True) as database:
+            winners = database.winners(target, problem=problem)
+            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
+    except AbsentDatabaseError:
+        return Shared()
+    except DatabaseError as error:
+        return Shared(fault=str(error))
+    compared = {(str(w.problem), w.tokens) for w, baselines in kinds.items() if _INDUCTOR.intersection(baselines)}
+    return Shared(True, tuple(winners), frozenset(compared))
 
 
 def describe_range(low: int, high: int) -> str:

@@ -26,6 +26,8 @@ __all__ = ["MlaQAbsorbRopeKvCache"]
 
 _DTYPES = ("bf16", "fp16")  # that tensor cores multiply
 _WARP_ROWS, _WARP_COLUMNS, _WARP_DEPTH = 16, 64, 32  # what a warp multiplies at once: see kernels_src/mma.cuh
+_MOST_COLUMNS = 128  # of the staged kernel
+_WARPGROUP, _TILE = 128, 64  # threads, and the tokens that they multiply at once
 _WIDEST = 128  # of qk_nope_head_dim: W_UK stays in registers
 _DS_MLA_THREADS = 64  # groups of fp8_ds_mla lie within a warp, of 32 lanes or 64
 
@@ -44,14 +46,29 @@ def _rope_problem(problem: Problem) -> Problem:
     return Problem(_ROPE.name, tuple((name, value) for name, value in problem.params if name not in own))
 
 
-def _sharers(config: Config, problem: Problem) -> int:
-    """Blocks that share a head's columns."""
-    return problem.int("nope_dim") // (config["THREADS"] // config.get("WARP_SIZE", 32) * _WARP_COLUMNS)
+def _tokens(config: Config) -> int:
+    """Of a block that multiplies."""
+    return config["THREADS"] // _WARPGROUP * _TILE if config["STAGED"] else config["TOKENS"]
+
+
+def _columns(config: Config) -> int:
+    """Of a block that multiplies."""
+    warps = config["THREADS"] // config.get("WARP_SIZE", 32)
+    return config["W_COLUMNS"] if config["STAGED"] else warps * _WARP_COLUMNS
 
 
 def _whole_blocks(config: Config, problem: Problem, tokens: int) -> bool:
-    columns = config["THREADS"] // config.get("WARP_SIZE", 32) * _WARP_COLUMNS
-    return columns > 0 and problem.int("nope_dim") % columns == 0
+    depth, columns = problem.int("qk_nope_dim"), _columns(config)
+    if columns < 1 or problem.int("nope_dim") % columns:
+        return False
+    # Staged, all threads copy as much of W_UK.
+    tiles = depth % _TILE == 0 and config["THREADS"] % _WARPGROUP == 0
+    return not config["STAGED"] or (tiles and depth * columns // 8 % config["THREADS"] == 0)
+
+
+def _shared_bytes(config: Config, problem: Problem) -> int:
+    """STAGED 1: W_UK and q_nope."""
+    return config["STAGED"] * 2 * problem.int("qk_nope_dim") * (_columns(config) + _tokens(config))
 
 
 def _on_rope(constraint: Constraint) -> Constraint:
@@ -66,7 +83,7 @@ _TRADES = {
 _FIXED = {
     "CHUNK": (64,),
     "READ_ONCE": (0,),
-    "THREADS": (64, 32, 128, 256),
+    "THREADS": (64, 32, 128, 256, 512),
     "UNROLL": (1, 2, 4),
     "VEC_BYTES": (16, 8, 4),
 }
@@ -76,19 +93,29 @@ _GPU_SPACE = SearchSpace(
             Tunable(each.name, _FIXED.get(each.name, each.values), _TRADES.get(each.name, each.trades))
             for each in GPU_SPACE.tunables
         ),
-        Tunable("TOKENS", (16, 32, 64, 128, 256), "tokens of a block that multiplies: less of W_UK, fewer blocks"),
+        Tunable("STAGED", (0, 1), "operands pass through shared memory: for many tokens"),
+        Tunable("W_COLUMNS", (128, 64, 32), "staged, of a block that multiplies: less of q_nope, fewer blocks"),
+        Tunable("TOKENS", (16, 32, 64, 128), "not staged, of a block that multiplies: less of W_UK, fewer blocks"),
         Tunable("EARLY", (1, 0), "with PDL and a W_UK that is constant: it is loaded while waiting"),
     ),
     (
         *map(_on_rope, GPU_SPACE.constraints),
-        Constraint("a block's warps have 64 columns each, all of one head", _whole_blocks),
+        Constraint(
+            "a block has columns of one head, 64 for each warp, or, staged, whole tiles, of which each thread has "
+            "as much to copy",
+            _whole_blocks,
+        ),
+        Constraint(
+            "the staged kernel's tokens and the other one's columns follow from THREADS",
+            lambda c, p, t: c["TOKENS"] == _WARP_ROWS if c["STAGED"] else c["W_COLUMNS"] == _MOST_COLUMNS,
+        ),
         Constraint(
             "the groups of fp8_ds_mla lie within a warp, and begin with a block",
             lambda c, p, t: p["cache"] != "fp8_ds_mla" or c["THREADS"] % _DS_MLA_THREADS == 0,
         ),
         Constraint(
             "a block that takes twice the tokens there are, or more, has nothing to do with the rest",
-            lambda c, p, t: c["TOKENS"] <= max(2 * t - 1, _WARP_ROWS),
+            lambda c, p, t: _tokens(c) <= max(2 * t - 1, _TILE if c["STAGED"] else _WARP_ROWS),
         ),
         Constraint(
             "only a kernel with PDL waits, and only a W_UK that is constant is there before that",
@@ -100,6 +127,7 @@ _GPU_SPACE = SearchSpace(
 # What AMD has no choice in: CDNA's warps of 64 lanes, and nothing like programmatic dependent launch.
 _HIP_FIXED = {
     "WARP_SIZE": (64, "lanes of a warp"),
+    "STAGED": (0, "asynchronous copies are NVIDIA's"),
     "PDL": (0, "only NVIDIA has it"),
     "PREFETCH": (0, "only with PDL"),
     "GUESS": (0, "only with PDL"),
@@ -125,8 +153,8 @@ _CPU_SPACE = SearchSpace(
 
 
 def _cuda_default(problem: Problem, tokens: int) -> Config:
-    rope = gpu_default(_rope_problem(problem), tokens)
-    return Config.of(rope, THREADS=64 if problem.int("nope_dim") % 128 == 0 else 32, TOKENS=16, EARLY=0)
+    rope, warps = gpu_default(_rope_problem(problem), tokens), 2 if problem.int("nope_dim") % 128 == 0 else 1
+    return Config.of(rope, STAGED=0, THREADS=32 * warps, W_COLUMNS=_MOST_COLUMNS, TOKENS=_WARP_ROWS, EARLY=0)
 
 
 def _hip_default(problem: Problem, tokens: int) -> Config:
@@ -293,6 +321,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         few = {"heads": 2, "qk_nope_dim": 128, "nope_dim": 128, "rope_dim": 64, "latent_dim": 512}
         odd = {"heads": 1, "qk_nope_dim": 96, "nope_dim": 192, "rope_dim": 32, "latent_dim": 192}
         small = {"heads": 2, "qk_nope_dim": 32, "nope_dim": 64, "rope_dim": 16, "latent_dim": 64}
+        wide = {"heads": 1, "qk_nope_dim": 32, "nope_dim": 512, "rope_dim": 16, "latent_dim": 64}
         styles = {"NeoX": {"neox": True}, "GPT-J": {"neox": False}, "apart": {"neox": False, "deinterleave": True}}
         variants: list[tuple[dict[str, int], str, str, str, str, str, bool]] = [
             (few, "bf16", "bf16", "auto", "GPT-J", "auto", True),
@@ -300,7 +329,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
             (odd, "fp16", "fp16", "fp8", "NeoX", "auto", True),
             (odd, "bf16", "fp32", "fp8_apart", "GPT-J", "fp8", True),
             (small, "bf16", "bf16", "auto_apart", "apart", "auto", False),
-            (small, "fp16", "fp32", "none", "GPT-J", "fp8", False),
+            (wide, "fp16", "fp32", "none", "GPT-J", "fp8", False),
         ]
         return [
             self.make_problem(
@@ -349,6 +378,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
             entry=self.name,
             defines={**spec.defines, **own},
             params_format=self.binding(problem).params_format,
+            shared_bytes=0 if kind == "cpu" else _shared_bytes(config, problem),
         )
 
     def binding(self, problem: Problem) -> Binding:
@@ -384,8 +414,8 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         without = _ROPE.make_problem(**{**dict(_rope_problem(problem).params), "nope_dim": 0})
         units = launch_shape(without, config)
         return LaunchShape(
-            units_per_block=config["TOKENS"],
-            repeat=problem.int("heads") * _sharers(config, problem),
+            units_per_block=_tokens(config),
+            repeat=problem.int("heads") * problem.int("nope_dim") // _columns(config),
             more_per_token=units.units_per_token,
             more_per_block=units.units_per_block,
             align=16,

@@ -7,6 +7,7 @@ the same time never see half a file; the last one wins, with the same content.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from autofuse.errors import TargetUnavailable
+from autofuse.errors import CompileError, TargetUnavailable
 from autofuse.paths import cache_folder
 from autofuse.targets.base import Artifact, Resources
 
@@ -43,7 +44,8 @@ class KernelCache:
             entry: the kernel's name, for a person who looks into the folder.
             key_parts: all that the binary depends on.
 
-        Raises what ``build`` raises; TargetUnavailable if the folder cannot be written.
+        Raises what ``build`` raises; TargetUnavailable if the folder cannot be written, or a disk is full: that is no
+        fault of the kernel's.
         """
         key = hashlib.sha256("\0".join(key_parts).encode()).hexdigest()[:24]
         binary = self.folder / f"{entry}-{key}{self._suffix}"
@@ -52,21 +54,28 @@ class KernelCache:
             return found
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(dir=self.folder, prefix=".build-", ignore_cleanup_errors=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".build-", ignore_cleanup_errors=True) as folder:
+                draft = Path(folder) / f"kernel{self._suffix}"
+                start = time.perf_counter()
+                resources = build(draft)
+                seconds = time.perf_counter() - start
+                draft_notes = Path(folder) / "kernel.json"
+                draft_notes.write_text(json.dumps(resources.as_dict()), encoding="utf-8")
+                # The binary last: whoever finds it finds its notes as well.
+                os.replace(draft_notes, notes)
+                os.replace(draft, binary)
         except OSError as error:
             raise TargetUnavailable(
-                f"kernel cache {self.folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME elsewhere"
+                f"kernel cache {self.folder} cannot be written ({error.strerror}): free some space there, or set "
+                "XDG_CACHE_HOME elsewhere"
             ) from None
-        with scratch as folder:
-            draft = Path(folder) / f"kernel{self._suffix}"
-            start = time.perf_counter()
-            resources = build(draft)
-            seconds = time.perf_counter() - start
-            draft_notes = Path(folder) / "kernel.json"
-            draft_notes.write_text(json.dumps(resources.as_dict()), encoding="utf-8")
-            # The binary last: whoever finds it finds its notes as well.
-            os.replace(draft_notes, notes)
-            os.replace(draft, binary)
+        except CompileError as error:
+            if (full := os.strerror(errno.ENOSPC)) in f"{error} {error.log}":
+                raise TargetUnavailable(
+                    f"a compiler says: {full}: free some in {tempfile.gettempdir()} and {self.folder}; everything "
+                    "measured before is kept"
+                ) from None
+            raise
         return Artifact(binary, resources, seconds)
 
 

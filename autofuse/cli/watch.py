@@ -1,0 +1,136 @@
+"""``autofuse tune --watch``: tunes what ``torch.compile`` finds untuned, as a service that stays out of the way."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+import typer
+
+from autofuse.cache_db import Captured, TunedDatabase
+from autofuse.errors import AutofuseError, DatabaseError, TargetUnavailable
+
+if TYPE_CHECKING:
+    from autofuse.tuner.budgets import Effort
+    from autofuse.tuner.job import Event
+    from autofuse.tuner.queue import Bucket
+
+__all__ = ["watch"]
+
+
+def watch(
+    database: TunedDatabase,
+    devices: Sequence[torch.device],
+    sites: Callable[[], Mapping[Captured, Sequence[Bucket]]],
+    effort: Effort,
+    seed: int,
+    duty: float,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Tunes captured sites on ``devices`` for as long as it is let.
+
+    As many buckets at a time as there are devices, and only while nobody else uses these; after each it rests so long
+    that ``duty`` of the time is spent tuning. What cannot be tuned is not tried again until the service is restarted.
+    Lines go to standard error, without a time: the journal has its own.
+
+    Args:
+        sites: reads what is captured by now.
+        duty: above 0 and up to 1.
+        sleep: waits so many seconds.
+
+    Raises DatabaseError, for whoever started the service to see; a signal's exception passes.
+    """
+    from autofuse.tuner.budgets import WATCH_LOOK_S
+
+    tuned: set[Bucket] = set()
+    given_up: set[Bucket] = set()
+    state = _State()
+    _tell_systemd("READY=1")
+    while True:
+        wanted = sites()
+        pending = [b for b in dict.fromkeys(chain(*wanted.values())) if b not in tuned and b not in given_up]
+        why = _others(devices) if pending else None
+        if not pending or why:
+            state.say(f"waiting: {why}" if why else "waiting for sites that are not tuned")
+            sleep(WATCH_LOOK_S)
+            continue
+        begin = time.monotonic()
+        batch = pending[: len(devices)]
+        state.say(f"{len(pending)} buckets to tune")
+        right, wrong = _tune(database, devices, batch, effort, seed, state)
+        tuned |= right
+        given_up |= wrong
+        for site, buckets in wanted.items():
+            if tuned.issuperset(buckets):
+                database.forget_captured(site)
+        tuned &= set(chain(*sites().values()))  # a site that is captured once more is looked at once more
+        sleep((time.monotonic() - begin) * (1 / duty - 1))
+
+
+def _others(devices: Sequence[torch.device]) -> str | None:
+    from autofuse.tuner.idleness import busy
+
+    return next((f"{device} is busy: {why}" for device in devices if (why := busy(device))), None)
+
+
+def _tune(
+    database: TunedDatabase,
+    devices: Sequence[torch.device],
+    batch: Sequence[Bucket],
+    effort: Effort,
+    seed: int,
+    state: _State,
+) -> tuple[set[Bucket], set[Bucket]]:
+    """Tunes ``batch``. Returns what of it is tuned, and what is not to be tried again."""
+    from autofuse.cli.progress import outcome
+    from autofuse.tuner.device_lock import device_lock
+    from autofuse.tuner.devices import tune_on_devices
+    from autofuse.tuner.job import BucketDone
+
+    right: set[Bucket] = set()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, BucketDone):
+            if event.winner is not None:
+                right.add(event.bucket)
+            if event.measured or event.winner is None:
+                state.say(outcome(event))
+
+    try:
+        with device_lock(devices, wait_s=0.0):
+            try:
+                tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
+            except DatabaseError:
+                raise
+            except AutofuseError as error:
+                state.say(f"cannot be tuned, and is not tried again: {error}")
+    except TargetUnavailable as error:  # another tuner
+        state.say(f"waiting: {error}")
+        return right, set()
+    return right, {bucket for bucket in batch if bucket not in right}
+
+
+class _State:
+    """What was said last: a line that says the same again is left out."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def say(self, line: str) -> None:
+        if line != self._last:
+            typer.echo(f"autofuse: {line}", err=True)
+        self._last = line
+
+
+def _tell_systemd(state: str) -> None:
+    """As sd_notify(3) does, for units of ``Type=notify``."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
