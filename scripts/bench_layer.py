@@ -8,10 +8,10 @@
 
 The layer (scripts/mla_layer.py) is measured with attention over --context tokens and without. Its sites are tuned
 first (into --database). Columns beside these three: the layer with each fusion alone ("+name"), on a GPU with the same
-configs launched plainly, and its matrix products alone, which only fuse_attn_quant can speed up. What each kernel takes
-is recorded as well. All functions of a row are measured in turns, over weights and inputs
-that rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on
-a CPU it is the time of a call.
+configs launched plainly, and its matrix products alone, which only fuse_mla_q_absorb and fuse_attn_quant can speed up.
+What each kernel takes is recorded as well. All functions of a row are measured in turns, over weights and inputs that
+rotate beyond the last-level cache; the median counts. On a GPU that is device time, by replaying a CUDA graph; on a CPU
+it is the time of a call.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ import rope_dialects
 import vllm_standins
 
 __all__ = [
+    "ABSORBED",
     "LIBRARY",
     "NORMS",
+    "NO_ABSORBED",
     "NO_NORMS",
     "NO_PRODUCTS",
     "NO_QUANTS",
@@ -250,6 +252,21 @@ PRODUCTS = [
     "torch.bmm({rows}.transpose(0, 1), {weight}).transpose(0, 1).reshape({rows}.shape[0], -1)",
     "torch.matmul({rows}.transpose(0, 1), {weight}).transpose(0, 1).flatten(-2)",
     "torch.einsum('tnl,nlv->tnv', {rows}, {weight}).reshape({rows}.shape[0], -1)",
+]
+ABSORBED = [
+    "torch.bmm({rows}.transpose(0, 1), {weight}).transpose(0, 1)",
+    "torch.bmm({rows}.transpose(0, 1), {weight}).transpose(0, 1)",
+    "torch.bmm({rows}.permute(1, 0, 2).contiguous(), {weight}).transpose(0, 1).contiguous()",
+    "({rows}.transpose(0, 1) @ {weight}).transpose(0, 1)",
+    "torch.einsum('thp,hpl->thl', {rows}, {weight})",
+    "torch.einsum('hpl,thp->thl', {weight}, {rows})",
+]
+NO_ABSORBED = [
+    "torch.bmm({rows}.transpose(0, 1), {weight}).flip(0).transpose(0, 1)",
+    "torch.bmm({rows}.transpose(0, 1), {weight}).reshape({rows}.shape[0], {rows}.shape[1], -1)",
+    "torch.bmm({rows}.flip(0).transpose(0, 1), {weight}).transpose(0, 1)",
+    "torch.bmm({rows}.transpose(0, 1), {weight}).transpose(0, 1) * 2",
+    "({rows}.unsqueeze(2) @ {weight}).squeeze(2)",
 ]
 NO_PRODUCTS = [
     "torch.bmm({rows}.transpose(0, 1), {weight}).permute(1, 2, 0).reshape({rows}.shape[0], -1)",

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from layer_dialects import (
+    ABSORBED,
     LIBRARY,
+    NO_ABSORBED,
     NO_NORMS,
     NO_PRODUCTS,
     NO_QUANTS,
@@ -30,7 +32,7 @@ from layer_dialects import (
 
 __all__ = ["Input", "Layer", "Output", "draw_layer"]
 
-HIDDEN, Q_RANK, LATENT, ROPE, NOPE, VALUE = 64, 128, 64, 16, 24, 64
+HIDDEN, Q_RANK, LATENT, ROPE, NOPE, VALUE = 64, 128, 64, 16, 32, 64
 BLOCKS, BLOCK = 4, 8  # of paged caches
 DTYPES = ("float32", "float32", "bfloat16", "float16")
 TOKENS = (0, 1, 1, 2, 2, 3, 4, 5, 7, 16)  # some are also numbers of heads, or a head's size
@@ -311,26 +313,27 @@ class _Drawing:
         if not write:
             self.give(k_pe)
             self.give(kv_c)
-        for step in self.random.sample(
-            [*write, lambda: self.query(q, pe if form == "apart" else "", heads)], len(write) + 1
-        ):
+        steps = [*write, lambda: self.query(q, pe if form == "apart" else "", heads)]
+        for step in self.random.sample(steps, len(steps)):
             step()
 
     def latent_attention(self, q: str, kv_c: str, k_pe: str, heads: int) -> None:
         """vLLM's MLA attention, which finds its cache by the layer's name."""
-        name, cache = self.new("mla"), f"rows({BLOCKS}, {BLOCK}, {LATENT + ROPE}, dtype=DTYPE)"
-        make = f"latent_layer({name!r}, {cache}, {self.layer_slots()}, {heads}, {NOPE}, {LATENT}, {VALUE})"
-        self.inputs.append(Input(name, make, passed=False))
-        scale = self.given("scale", "torch.ones(1)", "table")
-        update = f"unified_mla_kv_cache_update({kv_c}, {k_pe}, {name!r}, 'auto', {scale})"
-        done, out = (
-            self.new("done"),
-            self.let("o", f"torch.empty({q}.shape[0], {heads * VALUE}, dtype={q}.dtype)", "own"),
-        )
-        self.lines.append(f"{done} = torch.ops.vllm.{update}")
+        out = self.let("o", f"torch.empty({q}.shape[0], {heads * VALUE}, dtype={q}.dtype)", "own")
+        name, done = self.latent_update(kv_c, k_pe, heads)
         call = f"unified_mla_attention_with_output({q}, {kv_c}, {k_pe}, {out}, {name!r}, kv_cache_dummy_dep={done})"
         self.lines.append(f"torch.ops.vllm.{call}")
         self.given_attention(out, heads * VALUE)
+
+    def latent_update(self, kv_c: str, k_pe: str, heads: int) -> tuple[str, str]:
+        """vLLM's write to the cache of a new layer: (its name, what attention waits for)"""
+        name, cache = self.new("mla"), f"rows({BLOCKS}, {BLOCK}, {LATENT + ROPE}, dtype=DTYPE)"
+        make = f"latent_layer({name!r}, {cache}, {self.layer_slots()}, {heads}, {NOPE}, {LATENT}, {VALUE})"
+        self.inputs.append(Input(name, make, passed=False))
+        scale, done = self.given("scale", "torch.ones(1)", "table"), self.new("done")
+        update = f"unified_mla_kv_cache_update({kv_c}, {k_pe}, {name!r}, 'auto', {scale})"
+        self.lines.append(f"{done} = torch.ops.vllm.{update}")
+        return name, done
 
     def head_attention(self, q: str, k: str, v: str, heads: int, kv: int, size: int) -> None:
         """vLLM's attention over heads, which finds its caches by the layer's name."""
@@ -367,8 +370,8 @@ class _Drawing:
     def query(self, q: str, pe: str, heads: int) -> None:
         nope = f"{q}[..., :{NOPE}]"
         if self.pick(True, True, False):
-            weight = self.weight(heads, NOPE, LATENT)
-            nope = self.let("q", f"torch.bmm({nope}.transpose(0, 1), {weight}).transpose(0, 1)")
+            product = self.pick(*NO_ABSORBED) if self.odd() else self.pick(*ABSORBED)
+            nope = self.let("q", product.format(rows=nope, weight=self.w_uk(heads)))
         elif not pe:
             self.give(q)
             return
@@ -376,9 +379,20 @@ class _Drawing:
         parts = parts[::-1] if self.odd() else parts
         self.give(self.let("q", f"torch.cat([{', '.join(parts)}], dim=-1)"))
 
+    def w_uk(self, heads: int) -> str:
+        """As a parameter, a part of kv_b_proj, or computed."""
+        own, kv_b = (heads, NOPE, LATENT), (heads * (NOPE + VALUE), LATENT)
+        part = f"{{}}.T.view({LATENT}, {heads}, -1)[..., :{NOPE}].permute(1, 2, 0)"
+        turned = (heads, LATENT, NOPE), "{}.transpose(1, 2)"
+        sizes, text = turned if self.odd(0.1) else self.pick((own, "{}"), (own, "({} * 0.5)"), (kv_b, part))
+        return text.format(self.weight(*sizes))
+
     def write_latent(self, kv_c: str, k_pe: str) -> None:
         width = LATENT + ROPE
-        kind = self.pick("operator", "flat", "flat", "block", "block", "apart")
+        kind = self.pick("operator", "flat", "flat", "block", "block", "apart", "by name")
+        if kind == "by name":
+            self.outputs.append(Output(self.latent_update(kv_c, k_pe, heads=1)[1]))
+            return
         dtype = self.pick("DTYPE", "DTYPE", "E4M3") if kind == "operator" else "DTYPE"
         if self.odd(0.04):
             dtype = "torch.float16"

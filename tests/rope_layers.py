@@ -8,7 +8,7 @@ from rope_dialects import vllm_neox
 from torch import nn
 
 HIDDEN, H, KV, D, P = 64, 4, 2, 16, 64
-LATENT, ROPE, NOPE = 32, 16, 24
+LATENT, ROPE, NOPE = 64, 16, 32
 BLOCKS, BLOCK = 4, 8
 
 

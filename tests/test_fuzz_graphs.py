@@ -28,14 +28,17 @@ PIECES = {
     "quantised": r"(norm_cast_first|norm_by_ir)(.|\n)*quant_keepdim",
 }
 """What a layer has → where its text says so."""
+ABSORBED = r"bmm\(q\d+.*\n(.*\n)*.*torch\.cat\(\[q\d+, q\d+\]"
 MUTANTS = 6
 
 
-def drawn(piece, number=0):
-    """A random layer of static shapes and fp32 with that piece."""
+def drawn(piece, number=0, dtype="float32"):
+    """A random layer of static shapes with that piece."""
     layers = (draw_layer(seed) for seed in itertools.count())
-    static = (each for each in layers if each.more_tokens is None and each.tokens > 2 and each.dtype == "float32")
-    chosen = (each for each in static if re.search(PIECES[piece], each.source, re.MULTILINE) and is_valid(each))
+    static = (each for each in layers if each.more_tokens is None and each.tokens > 2 and each.dtype == dtype)
+    chosen = (
+        each for each in static if re.search(PIECES.get(piece, piece), each.source, re.MULTILINE) and is_valid(each)
+    )
     return next(itertools.islice(chosen, number, None))
 
 
@@ -99,6 +102,12 @@ def test_a_check_that_is_left_out_is_found(traced, monkeypatch, check, instead):
         if any(run_mutant(layer, outcome.graph, number).wrong for number in range(MUTANTS + 1)):
             return
     pytest.fail("no mutant shows it")
+
+
+def test_an_absorbed_query_is_right():
+    outcome = run_layer(drawn(ABSORBED, dtype="bfloat16"))
+    assert outcome.wrong == outcome.invalid == ""
+    assert "mla_q_absorb_rope_kv_cache" in {s.op for report in outcome.reports for s in report.sites if s.fused}
 
 
 def test_a_wrong_cache_that_is_found_by_a_name_is_found(monkeypatch):

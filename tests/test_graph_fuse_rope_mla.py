@@ -74,7 +74,7 @@ def assert_fused(model, args, cache, run=None, dynamic=None, tolerance=2e-2):
         else:
             torch._dynamo.reset()
             results = run(compiled, *args, *fused_cache)
-    (site,) = [site for site in last_reports()[-1].sites if "rope" in site.op]
+    (site,) = [site for site in last_reports()[-1].sites if "rope" in site.op and site.rule != "level"]
     assert site.fused, site
     assert site.op == "mla_rope_kv_cache_cat"
     for result, right in zip([*results, *fused_cache], [*expected, *expected_cache], strict=True):

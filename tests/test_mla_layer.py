@@ -8,19 +8,21 @@ from argparse import Namespace
 import pytest
 import torch
 import vllm_standins  # noqa: F401 (registers vLLM's operators)
+from deciding import tuned, winner_of
 from models import isolate, without_code_generation
 from torch.nn import functional as F  # noqa: N812
 
 import bench_layer
 from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.graph.report_store import last_reports
-from autofuse.ops import Config, get_op
+from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import Target
 from mla_layer import SMALL, Inputs, Weights, attend, mla_layer, quantised_and_back, random_inputs, random_weights
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
-FUSED = ["mla_dual_rms_norm", "mla_rope_kv_cache_cat", "mla_v_up_quant"]
+FUSED = ["mla_dual_rms_norm", "mla_q_absorb_rope_kv_cache", "mla_v_up_quant"]
+LESS_FUSED = ["mla_dual_rms_norm", "mla_rope_kv_cache_cat", "mla_v_up_quant"]  # without the product with W_UK
 FUSE = {"autofuse.level": "O3", "autofuse.untuned": "fuse"}
 
 
@@ -116,7 +118,7 @@ def test_all_fusions_fire_in_one_graph(tokens, core):
         torch.testing.assert_close(result, right, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("op", FUSED)
+@pytest.mark.parametrize("op", sorted({*FUSED, *LESS_FUSED}))
 def test_each_fusion_alone(op):
     from autofuse.graph.fusions import FUSIONS
 
@@ -127,6 +129,23 @@ def test_each_fusion_alone(op):
     with without_code_generation():
         results = run(bench_layer.compiled(SMALL, True, options), weights, inputs)
     assert [site.op for site in last_reports()[-1].sites if site.fused] == [op]
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("saved", "fused"), [({}, FUSED), ({FUSED[1]: 1.0}, LESS_FUSED)], ids=["more", "less"])
+def test_the_product_is_taken_in_where_that_was_measured_to_save_more(saved, fused):
+    weights, inputs = arguments()
+    options = {"autofuse.level": "O3"}
+    with without_code_generation():
+        run(bench_layer.compiled(SMALL, True, options), weights, inputs)
+    problems = {site.op: Problem.parse(site.problem) for site in last_reports()[-1].sites if site.problem}
+    saves = {**dict.fromkeys(LESS_FUSED, 2.0), FUSED[1]: 3.0, **saved}
+    tuned(*(winner_of(problem, 5, saves[op]) for op, problem in problems.items()))
+    expected = run(bench_layer.layer_call(SMALL, True), weights, inputs)
+    with without_code_generation():
+        results = run(bench_layer.compiled(SMALL, True, options), weights, inputs)
+    assert sorted(site.op for site in last_reports()[-1].sites if site.fused) == fused
     for result, right in zip(results, expected, strict=True):
         torch.testing.assert_close(result, right, rtol=0.05, atol=0.05)
 

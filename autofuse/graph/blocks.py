@@ -12,6 +12,7 @@ from torch.fx import Node
 from autofuse.ops.quant import QuantFormat
 
 __all__ = [
+    "AbsorbedQueryBlock",
     "Angles",
     "AttentionBlock",
     "Block",
@@ -133,6 +134,29 @@ class HeadwiseLinearBlock(Block):
     @property
     def weight(self) -> Node:
         """[N, K, V], strided in any way."""
+        return self.product.args[1]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class AbsorbedQueryBlock(Block):
+    """The part of MLA's query that is not rotated, taken to the latent space: each head's rows times its W_UK.
+
+    ``output`` holds the product in the query's own dimensions; the block is the product and the views after it.
+
+    Attributes:
+        product: the ``bmm``: [N, T, P] × [N, P, L].
+    """
+
+    product: Node
+
+    @property
+    def rows(self) -> Node:
+        """[N, T, P], strided in any way."""
+        return self.product.args[0]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Node:
+        """[N, P, L], strided in any way."""
         return self.product.args[1]  # type: ignore[return-value]
 
 

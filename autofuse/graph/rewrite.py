@@ -12,12 +12,14 @@ from torch.fx import Graph, Node
 from autofuse.graph.blocks import Block
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.moves import RefusedError
-from autofuse.graph.recognise.nodes import concrete, same_size, shape
+from autofuse.graph.recognise.nodes import concrete, is_call, same_size, shape
 from autofuse.graph.rows import Rows
 
-__all__ = ["Replacement", "rows_as_matrix"]
+__all__ = ["Replacement", "rows_as_matrix", "tokens_first"]
 
 aten = torch.ops.aten
+
+_SWAPPED = ([1, 0, 2], [1, 0, -1])
 
 # What a new node takes over from the node it replaces: where it comes from, for profilers and error messages.
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr", "original_aten")
@@ -136,3 +138,10 @@ def rows_as_matrix(new: Replacement, rows: Rows) -> Node:
     if not rows.whole:
         node = new.call(aten.slice.Tensor, node, 1, rows.offset, rows.offset + rows.width)
     return node
+
+
+def tokens_first(new: Replacement, rows: Node) -> Node:
+    """[N, T, K] as [T, N, K]: mostly, what was transposed to be multiplied."""
+    if is_call(rows, aten.permute.default) and rows.args[1] in _SWAPPED:
+        return rows.args[0]  # type: ignore[return-value]
+    return new.call(aten.permute.default, rows, [1, 0, 2])

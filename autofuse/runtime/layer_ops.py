@@ -132,17 +132,22 @@ def _write_heads(given: Mapping[str, Any], results: Sequence[torch.Tensor]) -> N
     torch.ops.vllm.unified_kv_cache_update(results[1], given["v"], given["layer_name"])
 
 
+def _latent_op(op: str) -> _LayerOp:
+    return _LayerOp(
+        op=op,
+        found=("slot_mapping", "kv_cache", "k_pe_cache", "kv_scale"),
+        named="{layer} layer_name, str kv_cache_dtype, Tensor k_scale",
+        find=_find_latent,
+        unfused={},
+        ask=_write_latent,
+    )
+
+
 _OPS = {
     each.op: each
     for each in (
-        _LayerOp(
-            op="mla_rope_kv_cache_cat",
-            found=("slot_mapping", "kv_cache", "k_pe_cache", "kv_scale"),
-            named="{layer} layer_name, str kv_cache_dtype, Tensor k_scale",
-            find=_find_latent,
-            unfused={},
-            ask=_write_latent,
-        ),
+        _latent_op("mla_rope_kv_cache_cat"),
+        _latent_op("mla_q_absorb_rope_kv_cache"),
         _LayerOp(
             op="rope_kv_cache",
             found=("slot_mapping", "k_cache", "v_cache", "k_scale", "v_scale"),

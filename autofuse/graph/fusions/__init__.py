@@ -8,6 +8,7 @@ from autofuse.graph.fusions.layer_attn_quant import LayerAttnQuant
 from autofuse.graph.fusions.layer_mla_rope import LayerMlaRope
 from autofuse.graph.fusions.layer_rope_kv_cache import LayerRopeKvCache
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
+from autofuse.graph.fusions.mla_q_absorb import LayerMlaQAbsorb, MlaQAbsorb
 from autofuse.graph.fusions.mla_rope_kv_cache_cat import MlaRopeKvCacheCat
 from autofuse.graph.fusions.norm_quant import MlaDualNormQuant, NormQuant
 from autofuse.graph.fusions.quant import Quant
@@ -24,6 +25,8 @@ FUSIONS: tuple[Fusion, ...] = (
     MlaRopeKvCacheCat(),
     LayerMlaRope(),
     LayerRopeKvCache(),
+    MlaQAbsorb(),
+    LayerMlaQAbsorb(),
     AttnQuant(),
     LayerAttnQuant(),
 )

@@ -12,14 +12,11 @@ from autofuse.graph.blocks import Found, HeadwiseLinearBlock, QuantBlock
 from autofuse.graph.constants import is_constant
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation
-from autofuse.graph.recognise.nodes import concrete, is_call, tensor
-from autofuse.graph.rewrite import Replacement
+from autofuse.graph.recognise.nodes import concrete, tensor
+from autofuse.graph.rewrite import Replacement, tokens_first
 from autofuse.ops.quant import NVFP4, ScaleLayout
 
 __all__ = ["AttnQuant", "AttnQuantSite"]
-
-aten = torch.ops.aten
-_SWAPPED = ([1, 0, 2], [1, 0, -1])
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class AttnQuant(Fusion):
         with new:
             fused = new.call(
                 torch.ops.autofuse.mla_v_up_quant.default,
-                _tokens_first(new, linear.rows),
+                tokens_first(new, linear.rows),
                 linear.weight,
                 quant.scale,
                 quant.format.group,
@@ -100,13 +97,6 @@ def replace_quantised(new: Replacement, quant: QuantBlock, results: list[Node], 
     if quant.scales is not None:
         quant.scales.replace_all_uses_with(results[1])
     new.replace(quant, results[0], views)
-
-
-def _tokens_first(new: Replacement, rows: Node) -> Node:
-    """[N, T, K] as [T, N, K]: mostly, what was transposed to be multiplied."""
-    if is_call(rows, aten.permute.default) and rows.args[1] in _SWAPPED:
-        return rows.args[0]  # type: ignore[return-value]
-    return new.call(aten.permute.default, rows, [1, 0, 2])
 
 
 def _site(linear: HeadwiseLinearBlock, quant: QuantBlock) -> AttnQuantSite:

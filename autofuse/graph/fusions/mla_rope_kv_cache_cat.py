@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from autofuse.graph.blocks import CacheWriteBlock, Found, HeadRows, RopeRead
+from autofuse.graph.blocks import AbsorbedQueryBlock, CacheWriteBlock, Found, HeadRows, RopeRead
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.fusions.rope_pairs import (
     RopePair,
@@ -41,23 +41,24 @@ from autofuse.graph.heads import (
 )
 from autofuse.graph.moves import RefusedError, check_no_mutation
 from autofuse.graph.recognise.nodes import concrete, is_call, product, same_size, same_sizes, shape, tensor
-from autofuse.graph.rewrite import Replacement
+from autofuse.graph.rewrite import Replacement, tokens_first
 from autofuse.graph.rows import is_stored
 
-__all__ = ["MlaRopeKvCacheCat", "MlaRopeSite", "activations", "check_site", "site_of"]
+__all__ = ["MlaRopeKvCacheCat", "MlaRopeSite", "activations", "check_site", "latent_sites", "site_of"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class MlaRopeSite(Site):
-    """A site of ``mla_rope_kv_cache_cat``.
+    """A site of ``mla_rope_kv_cache_cat``, or, where the query is absorbed, of ``mla_q_absorb_rope_kv_cache``.
 
     Attributes:
         pair: the rotations and the writes.
         q_nope: the columns of the query that are not rotated, None if they are elsewhere; ``q_pe``: the others.
         k_pe: the key's rows, and kv_c: the latent's, None if nothing is cached.
         cat: what puts q_nope and the rotated q_pe side by side, if they do not lie so.
+        absorbed: what makes q_nope, if the op does that too.
     """
 
     pair: RopePair
@@ -66,6 +67,7 @@ class MlaRopeSite(Site):
     kv_c: HeadSource | None
     k_pe: HeadSource | None
     cat: Node | None
+    absorbed: AbsorbedQueryBlock | None = None
 
     @property
     def nodes(self) -> frozenset[Node]:
@@ -96,18 +98,25 @@ class MlaRopeSite(Site):
     @property
     def needed(self) -> list[Node]:
         """What must come before it."""
-        sources = (self.q_nope, self.q_pe, self.kv_c, self.k_pe)
+        sources = (None if self.absorbed else self.q_nope, self.q_pe, self.kv_c, self.k_pe)
+        factors = [self.absorbed.rows, self.absorbed.weight] if self.absorbed else []
         writes = [node for write in self.pair.writes for node in (self.pair.root_of(write), *slot_nodes(write.slots))]
-        return [*(s.rows.node for s in sources if s is not None), *angle_nodes(self.pair.q.angles), *writes]
+        rows = (s.rows.node for s in sources if s is not None)
+        return [*rows, *factors, *angle_nodes(self.pair.q.angles), *writes]
 
     def tensors(self) -> Mapping[int, torch.Tensor]:
-        sources = {0: self.q_nope, 1: self.q_pe, 2: self.kv_c, 3: self.k_pe}
-        found = {index: source.fake() for index, source in sources.items() if source is not None}
-        found.update({index: found[index][:, 0] for index in (2, 3) if index in found})
+        rows = {"q_pe": self.q_pe, "kv_c": self.kv_c, "k_pe": self.k_pe, "q_nope": self.q_nope}
+        found = {name: source.fake() for name, source in rows.items() if source is not None}
+        found.update({name: found[name][:, 0] for name in ("kv_c", "k_pe") if name in found})
+        if self.absorbed is not None:
+            found["q_nope"] = self.absorbed.rows.meta["val"].transpose(0, 1)
+            found["w_uk"] = self.absorbed.weight.meta["val"]
         if self.pair.q.angles.table is not None:
-            found[5] = self.pair.q.angles.table.meta["val"]
-        found.update({7 + (cache.name == "k_pe_cache"): cache.fake() for cache in self.caches})
-        return found
+            found["cos_sin_cache"] = self.pair.q.angles.table.meta["val"]
+        found.update({cache.name: cache.fake() for cache in self.caches})
+        arguments = getattr(torch.ops.autofuse, self.op).default._schema.arguments
+        places = {argument.name: index for index, argument in enumerate(arguments)}
+        return {places[name]: value for name, value in found.items()}
 
 
 class MlaRopeKvCacheCat(Fusion):
@@ -118,7 +127,7 @@ class MlaRopeKvCacheCat(Fusion):
     level = 2
 
     def match(self, found: Found) -> list[Site]:
-        return [site_of(pair) for pair in found.once(pair_ropes)[0] if is_latent(pair)]
+        return [*found.once(latent_sites)]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, MlaRopeSite)
@@ -152,7 +161,7 @@ class MlaRopeKvCacheCat(Fusion):
         slots, from_end = (None, False) if latent is None else slots_of(shared, latent.slots, latent)
         fused, caches = call_writing(
             new,
-            torch.ops.autofuse.mla_rope_kv_cache_cat.default,
+            getattr(torch.ops.autofuse, self.op).default,
             {
                 **activations(new, shared, site),
                 "slot_mapping": slots,
@@ -169,19 +178,31 @@ class MlaRopeKvCacheCat(Fusion):
         return new.getitem(fused, 0), new.getitem(fused, 1), others
 
 
-def activations(new: Replacement, shared: SharedValues, site: MlaRopeSite) -> dict[str, Node | None]:
-    """The fused op's arguments that say what is rotated, and by which angles."""
+def activations(new: Replacement, shared: SharedValues, site: MlaRopeSite) -> dict[str, Any]:
+    """The fused op's arguments that say what query and key are made of, and by which angles they are rotated."""
     q_pe, k_pe = site.q_pe, site.k_pe
     assert q_pe is not None
     assert k_pe is not None
     key = _one_head(new, k_pe)
     return {
-        "q_nope": None if site.q_nope is None else site.q_nope.build(new.call, site.q_nope.rows.node),
+        **_in_front(new, site),
         "q_pe": q_pe.build(new.call, q_pe.rows.node),
         "kv_c": key if site.kv_c is None else _one_head(new, site.kv_c),
         "k_pe": key,
         "positions": head_positions(shared, site.pair.q.angles, q_pe),
         "cos_sin_cache": table_of(shared, site.pair.q.angles),
+    }
+
+
+def _in_front(new: Replacement, site: MlaRopeSite) -> dict[str, Any]:
+    """The fused op's arguments that make the columns in front of the rotated ones."""
+    absorbed, q_nope = site.absorbed, site.q_nope
+    if absorbed is None:
+        return {"q_nope": None if q_nope is None else q_nope.build(new.call, q_nope.rows.node)}
+    return {
+        "q_nope": tokens_first(new, absorbed.rows),
+        "w_uk": absorbed.weight,
+        "w_constant": dict(site.params)["w_constant"],
     }
 
 
@@ -195,6 +216,10 @@ def _caches(pair: RopePair) -> tuple[CacheWriteBlock | None, CacheWriteBlock | N
     if pair.key_write is not None and len(pair.key_write.parts) > 1:
         return pair.key_write, None
     return pair.value_write, pair.key_write
+
+
+def latent_sites(found: Found) -> tuple[MlaRopeSite, ...]:
+    return tuple(site_of(pair) for pair in found.once(pair_ropes)[0] if is_latent(pair))
 
 
 def site_of(pair: RopePair) -> MlaRopeSite:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from autofuse.graph.blocks import Angles, CacheWriteBlock, Found, HeadRows, NearMiss, RMSNormBlock, RopeBlock, RopeRead
 from autofuse.graph.heads import HeadSource, angle_nodes
 from autofuse.graph.moves import RefusedError, check_movable
+from autofuse.graph.recognise.axes import Axes, regrouped
 from autofuse.graph.recognise.nodes import (
     concrete,
     dtype_of,
@@ -383,7 +384,7 @@ def _frame_of_written(pair: RopePair) -> _Frame:
     return _Frame((*tokens, *(dim for dim in left if dim != heads_at)), heads_at)
 
 
-def _axes(k: RopeBlock, read: RopeRead, chain: Sequence[Node]) -> list[tuple[int, ...]] | None:
+def _axes(k: RopeBlock, read: RopeRead, chain: Sequence[Node]) -> Axes | None:
     """For each dimension of the first of ``chain`` the dimensions of the key's frame that it is made of; columns are
     the one after the last.
     """
@@ -392,7 +393,7 @@ def _axes(k: RopeBlock, read: RopeRead, chain: Sequence[Node]) -> list[tuple[int
     if read.folded:
         sizes[-1] = k.width
     node = chain[-1]
-    axes = _regrouped(
+    axes = regrouped(
         [dim for dim in range(columns + 1) if concrete(sizes[dim]) != 1 or dim == columns], sizes, shape(node)
     )
     for view in reversed(chain[:-1]):
@@ -400,28 +401,10 @@ def _axes(k: RopeBlock, read: RopeRead, chain: Sequence[Node]) -> list[tuple[int
             return None
         if is_call(view, aten.permute.default):
             order: Any = view.args[1]
-            axes = [axes[dim] for dim in order]
+            axes = tuple(axes[dim] for dim in order)
         else:
-            axes = _regrouped([axis for dim in axes for axis in dim], sizes, shape(view))
+            axes = regrouped([axis for dim in axes for axis in dim], sizes, shape(view))
     return axes
-
-
-def _regrouped(axes: list[int], sizes: Sequence[Any], dims: Sequence[Any]) -> list[tuple[int, ...]] | None:
-    """How the axes, in this order, make up dimensions of these sizes; None if one would have to be cut."""
-    made: list[tuple[int, ...]] = []
-    left = list(axes)
-    for place, size in enumerate(dims):
-        dim: list[int] = []
-        total: Any = 1
-        while not same_size(total, size) or (place == len(dims) - 1 and left):
-            if not left:
-                return None
-            dim.append(left.pop(0))
-            total = total * sizes[dim[-1]]
-            if (known := concrete(total)) is not None and (limit := concrete(size)) is not None and known > limit:
-                return None
-        made.append(tuple(dim))
-    return None if left else made
 
 
 # ---- whether it is allowed ------------------------------------------------------------------------------------------

@@ -13,13 +13,12 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Found, HeadwiseLinearBlock
+from autofuse.graph.recognise.axes import Axes, regrouped
 from autofuse.graph.recognise.nodes import (
     concrete,
-    expression,
     is_call,
     is_getitem,
     keeps_order,
-    same_size,
     shape,
     tensor,
 )
@@ -29,9 +28,6 @@ __all__ = ["find_headwise_linears"]
 aten = torch.ops.aten
 _HEADS, _TOKENS, _COLUMNS = range(3)
 _IN_ORDER = (_TOKENS, _HEADS, _COLUMNS)
-
-Axes = tuple[tuple[int, ...], ...]
-"""For each dimension of a tensor the axes that it is made of, the outermost first; axes of size 1 are left out."""
 
 
 def find_headwise_linears(graph: Graph) -> Found:
@@ -96,7 +92,7 @@ def _without_ones(axes: Sequence[int], sizes: dict[int, Any]) -> tuple[int, ...]
 
 
 def _followed(product: Node) -> Iterator[tuple[Node, Axes]]:
-    """The product and the views after it, as long as each has but one reader, with their axes."""
+    """The product and the views after it, as long as each has but one reader, with their axes but those of size 1."""
     sizes = _sizes(product)
     axes: Axes | None = tuple(_without_ones((axis,), sizes) for axis in (_HEADS, _TOKENS, _COLUMNS))
     node = product
@@ -110,28 +106,6 @@ def _followed(product: Node) -> Iterator[tuple[Node, Axes]]:
             order: Any = node.args[1]
             axes = tuple(axes[dim] for dim in order)
         elif keeps_order(node):
-            axes = _regrouped([axis for dim in axes for axis in dim], sizes, shape(node))
+            axes = regrouped([axis for dim in axes for axis in dim], sizes, shape(node))
         else:
             return
-
-
-def _regrouped(axes: list[int], sizes: dict[int, Any], dims: Sequence[Any]) -> Axes | None:
-    """How the axes, in this order, make up dimensions of these sizes; None if one would have to be cut."""
-    made: list[tuple[int, ...]] = []
-    left = list(axes)
-    for size in dims:
-        dim: list[int] = []
-        total: Any = 1
-        while not same_size(total, size):
-            if not left or _exceeds(total, size):
-                return None
-            dim.append(left.pop(0))
-            total = total * sizes[dim[-1]]
-        made.append(tuple(dim))
-    return None if left else tuple(made)
-
-
-def _exceeds(total: Any, size: Any) -> bool:
-    """Whether a size is surely larger than another."""
-    total, size = expression(total), expression(size)
-    return isinstance(total, int) and isinstance(size, int) and total > size
