@@ -37,7 +37,7 @@ OUTCOMES = {
     "NaN": ("wrong", "result 0 is inf times the tolerance"),
     "changed input": ("wrong", "input 0 was changed"),
     "does not compile": ("compile_error", "."),
-    "too much shared memory": ("launch_error", "asking for 1048576 bytes of shared memory"),
+    "too much shared memory": ("launch_error", "1048576 bytes of shared memory"),
 }
 
 
