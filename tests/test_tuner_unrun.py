@@ -10,7 +10,7 @@ import pytest
 import torch
 from planting import tune_here
 
-from autofuse.cache_db import TunedDatabase, Winner
+from autofuse.cache_db import Trial, TunedDatabase, Winner
 from autofuse.ops import Config, FusedOp, Problem, get_op
 from autofuse.targets import Artifact, KernelSpec, Resources, Target, cpu, target_of
 from autofuse.tuner.bench import Bench
@@ -129,7 +129,9 @@ def test_winners_of_what_is_most_alike_are_tried_first(tiny: Effort, monkeypatch
     elsewhere = Target("cpu", here.arch, "another CPU")
     configs = list(NORMS.kernel_source("cpu").space.configs(norms(), 64))
     default = NORMS.default_config("cpu", norms(), 4)
-    same_t, near_t, other_width, other_cpu, other_kind = [config for config in configs if config != default][:5]
+    same_t, near_t, other_width, other_cpu, other_kind, imported = [config for config in configs if config != default][
+        :6
+    ]
 
     def winner(target: Target, problem: Problem, tokens: int, config: Config) -> Winner:
         return Winner(target, problem, tokens, config, "old", 1.0, 0.0, "eager", 2.0, 2.0, 2.0, 2.0)
@@ -140,8 +142,10 @@ def test_winners_of_what_is_most_alike_are_tried_first(tiny: Effort, monkeypatch
         database.record_winner(winner(here, norms(), 16, near_t))
         database.record_winner(winner(here, norms(), 4, same_t))
         database.record_winner(winner(Target("cuda", "sm_90a", "NVIDIA H200"), norms(), 4, other_kind))
+        of_others = {"status": "ok", "time_us": 1.0, "standing": "candidate"}
+        database.record_trial(Trial(here, norms(), 4, imported, NORMS.source_hash("cpu"), **of_others))
         tuning = _BucketTuning(Bucket(norms(), 4), here, database, tiny, "", None, None, print)  # type: ignore[arg-type]
-        assert tuning._first_configs() == [default, same_t, near_t, other_cpu, other_width]
+        assert tuning._first_configs() == [default, imported, same_t, near_t, other_cpu]
         fewer = replace(tiny, priors=2)
         tuning = _BucketTuning(Bucket(norms(), 4), here, database, fewer, "", None, None, print)  # type: ignore[arg-type]
-        assert tuning._first_configs() == [default, same_t, near_t]
+        assert tuning._first_configs() == [default, imported, same_t]
