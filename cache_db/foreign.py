@@ -121,8 +121,8 @@ def check_objects(connection: sqlite3.Connection, ours: Iterable[tuple[str, str,
     """Raises BadInput where a file holds a table, view, trigger or index that autofuse does not make.
 
     Args:
-        ours: (type, name, SQL) of everything that the present schema has; the SQL of views and triggers must agree,
-            and of tables that they are plain ones.
+        ours: (type, name, SQL) of everything that the present schema has; the SQL of triggers must agree, and
+            tables must be plain ones. Views are never read.
     """
     known = {(kind, name): sql for kind, name, sql in ours}
     for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master"):

@@ -8,6 +8,7 @@ from autofuse.cache_db.foreign import is_stale
 from autofuse.cache_db.records import Trial, Winner
 from autofuse.cache_db.rows import TABLE_OF
 from autofuse.cache_db.store import TunedDatabase
+from autofuse.ops import OPS
 
 __all__ = ["KEPT_WINNERS", "collect_garbage"]
 
@@ -19,13 +20,12 @@ def collect_garbage(database: TunedDatabase, *, keep: int = KEPT_WINNERS, dry_ru
     """Removes trials and winners of versions of kernels that are not here, winners of before but the last ``keep`` of
     each bucket, and provenance that nothing names any more; returns table → rows removed, or to be removed.
 
-    The winners of this version, and the baselines, all stay. Raises DatabaseError.
+    The winners of this version, the baselines, and rows of ops that are not autofuse's own all stay. Raises
+    DatabaseError.
     """
     removed = Counter[str]()
-    stale: list[Trial | Winner] = [
-        *filter(is_stale, database.every(Trial, candidates=True)),
-        *filter(is_stale, database.every(Winner, candidates=True)),
-    ]
+    rows: list[Trial | Winner] = [*database.every(Trial, candidates=True), *database.every(Winner, candidates=True)]
+    stale = [row for row in rows if row.problem.op in OPS and is_stale(row)]
     for record in stale:
         removed[TABLE_OF[type(record)]] += 1
     buckets = Counter[tuple[object, ...]]()

@@ -257,7 +257,7 @@ class TunedDatabase:
         key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
         found: list[Trial | Winner] = []
         for kind, good in ((Winner, "1"), (Trial, "status = 'ok'")):
-            found += self._select(kind, f"{_equal(key)} AND NOT {_DECIDES} AND {good}", key)
+            found += self._select(kind, f"{_equal(key)} AND standing <> 'own' AND {good}", key)
         found.sort(key=lambda record: (record.time_us, str(record.config)))
         return list(dict.fromkeys(record.config for record in found))
 

@@ -12,11 +12,11 @@ import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
 from autofuse.cache_db.records import parse_time
-from autofuse.cache_db.store import provenance_id
+from autofuse.cache_db.store import Provenance
 from autofuse.ops import get_op
 from autofuse.targets import Target, target_of
 from autofuse.tuner.budgets import GUESSED_PACE, LONGEST_PAUSE_S, Effort, Pace
-from autofuse.tuner.job import known_of, provenance_of
+from autofuse.tuner.job import imported, known_of, provenance_of
 from autofuse.tuner.queue import Bucket
 from autofuse.tuner.search import search_for
 
@@ -71,7 +71,7 @@ def forecast(
     Times are the pace of what was recorded on this target: of the same op where there are such trials, else of all.
     """
     target = target_of(devices[0])
-    provenance = provenance_id(provenance_of(devices[0]))
+    provenance = provenance_of(devices[0])
     known_paces = paces(database, target)
     on_target = _mean(known_paces.values())
     outlooks, guessed = [], set()
@@ -141,7 +141,7 @@ def _mean(known: Iterable[Pace]) -> Pace | None:
 
 
 def _outlook(
-    bucket: Bucket, target: Target, database: TunedDatabase, effort: Effort, provenance: str, retune: bool
+    bucket: Bucket, target: Target, database: TunedDatabase, effort: Effort, provenance: Provenance, retune: bool
 ) -> tuple[str, int, int]:
     """State, configs known, configs to measure."""
     op = get_op(bucket.problem.op)
@@ -149,7 +149,8 @@ def _outlook(
     known = {} if retune else before.trials
     times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
     space = op.kernel_source(target.kind).space
-    total = search_for(space, bucket.problem, bucket.tokens, times, [], effort, seed=0).total
+    first = imported(database, target, bucket, effort)
+    total = search_for(space, bucket.problem, bucket.tokens, times, first, effort, seed=0, wanted=first).total
     if retune and (before.trials or before.winner):
         return "again", len(before.trials), total
     if before.fresh and total == 0:

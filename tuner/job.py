@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
+from autofuse.cache_db.store import Provenance
 from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, get_op
 from autofuse.targets import Artifact, Target, target_of, toolchain
@@ -40,6 +41,7 @@ __all__ = [
     "Event",
     "Known",
     "TrialDone",
+    "imported",
     "known_of",
     "provenance_of",
     "tune_buckets",
@@ -48,6 +50,7 @@ __all__ = [
 
 logger = logging.getLogger("autofuse.tuner")
 
+_SOFTWARE = ("autofuse", "torch", "driver", "toolkit", "compiler")  # of provenance: what can make a config fail
 _DIED = "the process died while this config ran"
 _DIED_AGAIN = "the process died twice while this config ran"
 
@@ -205,20 +208,41 @@ class Known:
     fresh: bool
 
 
-def known_of(database: TunedDatabase, target: Target, bucket: Bucket, provenance: str) -> Known:
-    """Args: provenance: the id of the present one; failures under another one are tried again."""
+def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: Provenance) -> Known:
+    """Only what was measured here counts: what another machine found is proposed, and measured again.
+
+    Args:
+        present: the present provenance; what failed with another driver or other software is tried again.
+    """
     source_hash = get_op(bucket.problem.op).source_hash(target.kind)
     trials = database.trials(target, bucket.problem, bucket.tokens, source_hash)
     winner = database.winner(target, bucket.problem, bucket.tokens)
-    fresh = winner is not None and winner.source_hash == source_hash
-    return Known({trial.config: trial for trial in trials if _holds(trial, provenance)}, winner, fresh)
+    fresh = winner is not None and winner.source_hash == source_hash and winner.standing == "own"
+    failures = {trial.provenance for trial in trials if trial.failed}
+    alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
+    held = [trial for trial in trials if trial.standing == "own" and _holds(trial, alike)]
+    return Known({trial.config: trial for trial in held}, winner, fresh)
 
 
-def _holds(trial: Trial, provenance: str) -> bool:
+def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:
+    """What another machine found good for the bucket, the fastest first; not more than are tried before others."""
+    source_hash = get_op(bucket.problem.op).source_hash(target.kind)
+    return database.priors(target, bucket.problem, bucket.tokens, source_hash)[: effort.priors]
+
+
+def _holds(trial: Trial, alike: Mapping[str, bool]) -> bool:
     """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and one death
     of the tuning process may have had any reason.
+
+    Args:
+        alike: provenance of failures → whether it is of the present software.
     """
-    return not trial.failed or (trial.provenance == provenance and trial.message != _DIED)
+    return not trial.failed or (alike[trial.provenance] and trial.message != _DIED)
+
+
+def _same_software(one: Provenance, other: Provenance) -> bool:
+    """Clocks and power limits vary from run to run, and make no config fail."""
+    return all(one.get(name) == other.get(name) for name in _SOFTWARE)
 
 
 class _BucketTuning:
@@ -252,10 +276,11 @@ class _BucketTuning:
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
         stop_search = float("inf") if budget_s is None else time.monotonic() + (1 - FINAL_SHARE) * budget_s
-        before = known_of(self._database, self._target, self._bucket, self._provenance)
+        before = known_of(self._database, self._target, self._bucket, self._database.provenance(self._provenance))
         known = {} if retune else before.trials
         times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
-        search = search_for(self._space, self._problem, self._tokens, times, self._first_configs(), self._effort, seed)
+        first, imported = self._first_configs(), self._imported()
+        search = search_for(self._space, self._problem, self._tokens, times, first, self._effort, seed, imported)
         self._on_event(BucketStarted(self._bucket, search.total))
         if before.fresh and not retune and search.total == 0:
             self._on_event(BucketDone(self._bucket, before.winner, measured=False))
@@ -316,9 +341,13 @@ class _BucketTuning:
 
         winners = [w for w in self._database.winners(op=self._op.name) if w.target.kind == self._target.kind]
         default = self._op.default_config(self._target.kind, self._problem, self._tokens)
-        imported = self._database.priors(self._target, self._problem, self._tokens, self._source_hash)
-        configs = dict.fromkeys([default, *imported, *(winner.config for winner in sorted(winners, key=unlike))])
+        configs = dict.fromkeys(
+            [default, *self._imported(), *(winner.config for winner in sorted(winners, key=unlike))]
+        )
         return list(configs)[: 1 + self._effort.priors]
+
+    def _imported(self) -> list[Config]:
+        return imported(self._database, self._target, self._bucket, self._effort)
 
     def _timed_to_the_end(self, pruned: Sequence[Trial]) -> list[Config]:
         """The fastest of these that is right and runs, or none. What they lost their races to has failed since."""
@@ -387,12 +416,15 @@ class _BucketTuning:
         before = self._database.same_key(trial)
         if before is not None and before.message == _DIED:
             trial = replace(trial, message=_DIED_AGAIN)
+        mine: Trial | None = None
         try:
-            self._database.record_trial(trial)
+            mine = self._database.record_trial(trial)
             yield
         except BaseException:
-            with suppress(AutofuseError):
-                if before is None:
+            with suppress(AutofuseError), self._database.transaction():
+                if self._database.same_key(trial) != mine:
+                    pass  # another tuner's, since
+                elif before is None:
                     self._database.forget_trial(trial)
                 else:
                     self._database.record_trial(before)

@@ -64,6 +64,7 @@ class TpeSearch(Search):
         known: config → µs, or None if it failed.
         first: configs to try before all others (the default config, winners of other buckets).
         seed: of the sampler.
+        wanted: of ``first``, configs that are tried even if the effort's trials were made already.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class TpeSearch(Search):
         first: Sequence[Config],
         effort: Effort,
         seed: int,
+        wanted: Sequence[Config] = (),
     ) -> None:
         self._space = space
         self._problem = problem
@@ -102,7 +104,8 @@ class TpeSearch(Search):
             config for config in dict.fromkeys(first) if config not in self._seen and not self._refused(config)
         ]
         left = sum(config not in self._seen for config in self._configs)
-        self.total = max(min(effort.trials - len(self._seen), left), 0)
+        trials = max(effort.trials - len(self._seen), sum(config in self._first for config in wanted))
+        self.total = max(min(trials, left), 0)
 
     def _refused(self, config: Config) -> bool:
         return self._space.refusal(config, self._problem, self._tokens) is not None
@@ -186,9 +189,10 @@ def search_for(
     first: Sequence[Config],
     effort: Effort,
     seed: int,
+    wanted: Sequence[Config] = (),
 ) -> Search:
     """Exhaustive where the space is small enough, TPE otherwise. Arguments as for TpeSearch."""
     configs = list(space.configs(problem, tokens))
     if len(configs) <= effort.exhaustive_up_to:
         return ExhaustiveSearch(configs, known, effort.batch)
-    return TpeSearch(space, problem, tokens, known, first, effort, seed)
+    return TpeSearch(space, problem, tokens, known, first, effort, seed, wanted)

@@ -1,0 +1,106 @@
+"""What the tuner takes for known: what was measured here, with this software, and nothing of others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from planting import tune_here
+
+from autofuse.cache_db import Trial, TunedDatabase
+from autofuse.cache_db.garbage import collect_garbage
+from autofuse.ops import Config, Problem, get_op
+from autofuse.targets import target_of
+from autofuse.tuner.bench import Bench
+from autofuse.tuner.budgets import Effort
+from autofuse.tuner.job import Bucket, Event, TrialDone, known_of, provenance_of, tune_buckets
+
+NORMS = get_op("mla_dual_rms_norm")
+PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=96, kv_lora_rank=40, cast_before_weight=True)
+CPU = torch.device("cpu")
+HERE = target_of(CPU)
+BUCKET = Bucket(PROBLEM, 4)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tune_here(monkeypatch)
+
+
+def tuned(database: TunedDatabase, effort: Effort) -> list[Config]:
+    """Tunes the bucket; the configs that were measured for it."""
+    events: list[Event] = []
+    tune_buckets([BUCKET], CPU, database, effort, on_event=events.append)
+    return [event.trial.config for event in events if isinstance(event, TrialDone)]
+
+
+def trials(database: TunedDatabase) -> list[Trial]:
+    return database.trials(HERE, PROBLEM, BUCKET.tokens, NORMS.source_hash("cpu"))
+
+
+def test_what_is_trusted_is_measured_here_all_the_same(tiny: Effort) -> None:
+    with TunedDatabase() as database:
+        configs = tuned(database, tiny)
+        winner = database.winner(HERE, PROBLEM, BUCKET.tokens)
+        assert winner is not None
+        for trial in trials(database):
+            database.record_trial(replace(trial, standing="trusted"))
+        database.record_winner(replace(winner, standing="trusted", time_us=1e-3))
+        assert set(tuned(database, tiny)) == set(configs)
+        again = database.winner(HERE, PROBLEM, BUCKET.tokens)
+        assert again is not None
+        assert again.standing == "own"
+        assert again.time_us > 1e-3
+        assert {trial.standing for trial in trials(database)} == {"own"}
+
+
+def test_what_comes_later_from_elsewhere_is_tried_though_all_trials_were_made(tiny: Effort) -> None:
+    searched = replace(tiny, exhaustive_up_to=1, trials=3)
+    with TunedDatabase() as database:
+        known = tuned(database, searched)
+        assert tuned(database, searched) == []
+        space = NORMS.kernel_source("cpu").space
+        new = next(config for config in space.configs(PROBLEM, BUCKET.tokens) if config not in known)
+        candidate = replace(trials(database)[0], config=new, time_us=0.5, standing="candidate")
+        database.record_trial(candidate)
+        assert tuned(database, searched) == [new]
+        assert tuned(database, searched) == []
+
+
+@pytest.mark.parametrize(("changed", "again"), [({"sm_clock_mhz": 345.0}, False), ({"driver": "another"}, True)])
+def test_a_failure_holds_as_long_as_the_software_does(changed: dict[str, str | float], again: bool) -> None:
+    present = {**provenance_of(CPU), "sm_clock_mhz": 1980.0}
+    config = NORMS.default_config("cpu", PROBLEM, BUCKET.tokens)
+    with TunedDatabase() as database:
+        then = database.record_provenance({**present, **changed})
+        source = NORMS.source_hash("cpu")
+        database.record_trial(Trial(HERE, PROBLEM, 4, config, source, "launch_error", message="no", provenance=then))
+        assert (config not in known_of(database, HERE, BUCKET, present).trials) == again
+
+
+def test_another_tuners_trial_is_left_alone_where_this_one_is_interrupted(
+    tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tuners share a database; the other one finishes a config while this one is at it."""
+
+    def interrupted(bench: Bench, config: Config) -> float:
+        key = Trial(HERE, PROBLEM, BUCKET.tokens, config, NORMS.source_hash("cpu"), "ok", time_us=1.0)
+        database.record_trial(key)
+        raise KeyboardInterrupt
+
+    with TunedDatabase() as database:
+        monkeypatch.setattr(Bench, "verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(database, tiny)
+        assert [(trial.status, trial.time_us) for trial in trials(database)] == [("ok", 1.0)]
+
+
+def test_rows_of_ops_that_are_not_here_are_no_garbage() -> None:
+    mine = Problem("an_op_of_my_own", (("width", 8),))
+    with TunedDatabase() as database:
+        trial = database.record_trial(Trial(HERE, mine, 4, Config.of(THREADS=1), "abc", "ok", time_us=1.0))
+        stale = replace(trial, problem=PROBLEM, source_hash="old")
+        database.record_trial(stale)
+        assert collect_garbage(database)["trials"] == 1
+        assert database.every(Trial) == [trial]
