@@ -9,6 +9,7 @@ import torch
 from emulation import unavailable
 from emulation import verify as verify_emulated
 
+from autofuse.errors import UnsupportedCall
 from autofuse.models import PRESETS
 from autofuse.ops import Config, Problem, get_op
 from autofuse.runtime import dispatch
@@ -146,12 +147,14 @@ def test_what_no_kernel_computes_the_reference_does(absorb: Any, sizes: dict[str
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({Q_NOPE: torch.zeros(5, 2, 64)}, r"q_nope \[5, 2, 64\] and w_uk \[3, 64, 128\] are not"),
+        ({Q_NOPE: torch.zeros(5, 2, 64).bfloat16()}, r"q_nope \[5, 2, 64\] and w_uk \[3, 64, 128\] are not"),
         ({W: torch.zeros(3, 64)}, r"w_uk \[3, 64\] are not"),
         ({W: torch.zeros(3, 128, 64).mT}, "w_uk's last dimension is not contiguous"),
         ({Q_NOPE: torch.zeros(5, 64, 3).mT}, "q_nope's last dimension is not contiguous"),
         ({POSITIONS: torch.zeros(5)}, "mla_q_absorb_rope_kv_cache: positions must be int64"),
-        ({Q_NOPE: torch.zeros(4, 3, 64)}, "q_nope has 4 rows, positions 5"),
+        ({Q_NOPE: torch.zeros(4, 3, 64).bfloat16()}, "q_nope has 4 rows, positions 5"),
+        ({W: torch.zeros(3, 64, 128)}, "q_nope is torch.bfloat16, w_uk torch.float32"),
+        ({Q_NOPE: torch.zeros(5, 3, 64), W: torch.zeros(3, 64, 128)}, "k_pe are not all of one dtype"),
         ({CACHE: torch.zeros(2, 64, 90)}, r"kv_cache \[2, 64, 90\] is not"),
         ({IS_NEOX: True, DEINTERLEAVE: True}, "no neighbours to deinterleave"),
     ],
@@ -224,3 +227,10 @@ def test_tensor_cores_compute_the_op_at_full_size(config: Config, dtype: str, qu
     kernel = bind_plan(ABSORB, Plan(target_of(device).arch, which, ((1, config),)), device)
     for tokens in (1, 3, 63, 64, 200, 1111):
         verify_call(ABSORB, which, tuple(args_of(which, tokens, device, check=True)), kernel)
+
+
+def test_what_has_no_kernel_is_named_with_its_reason() -> None:
+    with pytest.raises(UnsupportedCall, match=r"mla_q_absorb_rope_kv_cache: .*cos_sin_cache is fp16, neither bf16 nor"):
+        problem(table="fp16")
+    with pytest.raises(UnsupportedCall, match="mla_q_absorb_rope_kv_cache: qk_nope_head_dim 192 is none of"):
+        problem(depth=192)

@@ -181,6 +181,9 @@ class MlaQAbsorbRopeKvCache(FusedOp):
             deinterleave, slots_from_end: mla_rope_kv_cache_cat's, q_pe in q_nope's dtype.
         w_constant: a promise that w_uk was written long ago, as a model's weights are: see mla_v_up_quant.
 
+    Kernels are for a qk_nope_head_dim of 32, 64, 96 or 128, a kv_lora_rank that is a multiple of 64 (with fp8_ds_mla of
+    128) and a rope_dim that is a multiple of 16; the reference computes all else.
+
     Returns: the query [T, H, kv_lora_rank + rope_dim], and rotated k_pe [T, rope_dim], both contiguous.
     """
 
@@ -238,7 +241,10 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         ``qk_nope_dim``, w_uk's other one, and ``w_constant`` (False; left out where it is).
         """
         depth, constant = int(params.pop("qk_nope_dim")), bool(params.pop("w_constant", False))
-        rope = _ROPE.make_problem(**params)
+        try:
+            rope = _ROPE.make_problem(**params)
+        except UnsupportedCall as error:
+            raise UnsupportedCall(f"{self.name}: {error}") from error
         dtype, width = rope["dtype"], rope.int("nope_dim")
         if dtype not in _DTYPES:
             raise UnsupportedCall(f"{self.name}: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
@@ -277,12 +283,14 @@ class MlaQAbsorbRopeKvCache(FusedOp):
                 raise BadInput(f"{self.name}: {name}'s last dimension is not contiguous")
         if w.device != q_nope.device:
             raise BadInput(f"{self.name}: its tensors are on different devices")
+        if w.dtype != q_nope.dtype:
+            raise BadInput(f"{self.name}: q_nope is {q_nope.dtype}, w_uk {w.dtype}")
         try:
             inner = _ROPE.problem_of(_like_product(q_nope, w), *rope)
-        except (BadInput, UnsupportedCall) as error:
-            raise type(error)(str(error).replace(_ROPE.name, self.name)) from error
-        if w.dtype != q_nope.dtype:
-            raise UnsupportedCall(f"{self.name}: q_nope is {q_nope.dtype}, w_uk {w.dtype}")
+        except BadInput as error:
+            raise BadInput(str(error).replace(f"{_ROPE.name}:", f"{self.name}:")) from error
+        except UnsupportedCall as error:
+            raise UnsupportedCall(f"{self.name}: {error}") from error
         return self.make_problem(**dict(inner.params), qk_nope_dim=q_nope.shape[2], w_constant=constant)
 
     def example_args(

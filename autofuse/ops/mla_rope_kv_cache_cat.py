@@ -276,7 +276,7 @@ class MlaRopeKvCacheCat(FusedOp):
             if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
                 raise BadInput(f"{self.name}: {name}'s last dimension is not contiguous")
         if len({tensor.dtype for tensor in activations.values()}) > 1:
-            raise UnsupportedCall(f"{self.name}: q_nope, q_pe, kv_c and k_pe are not all of one dtype")
+            raise BadInput(f"{self.name}: q_nope, q_pe, kv_c and k_pe are not all of one dtype")
         return self.make_problem(
             dtype=q_pe.dtype,
             heads=heads,
