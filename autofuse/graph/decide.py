@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,9 @@ class Decider:
     _captured: dict[Captured, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        paths = [known.snapshot.path for known in self.known.values() if known.snapshot is not None]
-        self._evidence = Evidence(paths[0] if self.settings.plan is not None and paths else self._database)
+        snapshots = (known.snapshot for known in self.known.values() if known.snapshot is not None)
+        paths = dict.fromkeys(layer.path for snapshot in snapshots for layer in snapshot.layers())
+        self._evidence = Evidence([*paths])
 
     @property
     def _database(self) -> Path:
@@ -197,7 +199,7 @@ class Decider:
         if not lookup.winners and self.settings.untuned == "tune":
             lookup = self._tuned(key, site.device, lookup)
         if lookup.winners:
-            return self._measured(op, key, lookup, self.known[site.device].compared)
+            return self._measured(op, key, lookup, self.known[site.device])
         decision = Decision(None, lookup.rule, lookup.reason, problem, key)
         if self.settings.untuned == "fuse":
             buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
@@ -208,13 +210,13 @@ class Decider:
         reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
         return replace(decision, reason=reason, nearest=self._evidence.nearest(key))
 
-    def _measured(self, op: FusedOp, key: Key, lookup: Lookup, compared: frozenset[tuple[str, int]] | None) -> Decision:
+    def _measured(self, op: FusedOp, key: Key, lookup: Lookup, known: Knowledge) -> Decision:
         """By what was measured: whether every T that the site may be called with is served by something faster."""
         saved = statistics.mean(winner.baseline_us - winner.time_us for winner in lookup.winners)
         decision = Decision(None, lookup.rule, lookup.reason, key.problem, key, lookup.winners, saved)
         if (why := _outside_space(op, key.problem, key.target.kind, lookup)) is not None:
             return replace(decision, rule="refused", reason=why)
-        if (doubtful := self._evidence.only_eager(lookup.winners, compared)) is not None:
+        if (doubtful := self._only_eager(lookup, known)) is not None:
             why = (
                 f"at T={doubtful.tokens} it was compared with eager PyTorch alone, and the code that Inductor would "
                 f"generate was not measured: run `autofuse tune --retune --problem '{key.problem}' --tokens "
@@ -228,6 +230,11 @@ class Decider:
         unfused = ", ".join(f"T={tokens}" for tokens, config in buckets if config is None)
         reason = f"{lookup.reason}; unfused where it is not faster: {unfused}" if unfused else lookup.reason
         return replace(decision, plan=Plan(key.target.arch, key.problem, buckets, key.source_hash), reason=reason)
+
+    def _only_eager(self, lookup: Lookup, known: Knowledge) -> Winner | None:
+        assert known.snapshot is not None, "winners are of a snapshot"
+        layer = next(islice(known.snapshot.layers(), lookup.layer, None))
+        return self._evidence.only_eager(lookup.winners, layer.path, known.compared)
 
     def _lookup(self, known: Knowledge, key: Key) -> Lookup:
         if known.snapshot is None:

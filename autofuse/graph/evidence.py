@@ -66,25 +66,28 @@ class Key:
 
 
 class Evidence:
-    """Rows of one database that no decision is based on, read when they are asked for, and once.
+    """Rows of databases that are not winners which answer, read when they are asked for, and once.
 
-    Where the database cannot be read, there are none: whoever read the winners has warned of that already.
+    Where a database cannot be read, it has none: whoever read the winners has warned of that already.
+
+    Args:
+        paths: the databases, the uppermost first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
         self._winners: dict[str, Sequence[Winner]] = {}
         self._trials: dict[tuple[Target, Problem], Sequence[Trial]] = {}
-        self._baselines: dict[tuple[Target, Problem, int], Sequence[str]] = {}
+        self._baselines: dict[tuple[Path, Target, Problem, int], Sequence[str]] = {}
 
     def nearest(self, key: Key) -> str:
-        """The row that is nearest to ``key``, and what it differs in, as a sentence."""
+        """The row that is nearest to ``key``, and what it differs in, as a sentence; "" without a database."""
         op = key.problem.op
         if op not in self._winners:
-            self._winners[op] = self._read(lambda database: database.winners(op=op))
+            self._winners[op] = _rows(self._paths, lambda database: database.winners(op=op))
         found = nearest_row(self._winners[op], key)
         if found is None:
-            return f"{self._path} has no row of {op}"
+            return "; ".join(f"{path} has no row of {op}" for path in self._paths)
         row, differ = found
         place = f"{row.problem} at T={row.tokens} on {row.target}"
         return f"the nearest row is {place}; it differs in {', '.join(differ) or 'nothing'}"
@@ -95,7 +98,9 @@ class Evidence:
         """
         pair = (key.target, key.problem)
         if pair not in self._trials:
-            self._trials[pair] = self._read(lambda database: database.every(Trial, key.target, None, key.problem))
+            self._trials[pair] = _rows(
+                self._paths, lambda database: database.every(Trial, key.target, None, key.problem)
+            )
         present = [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
         if not present or any(trial.status == "ok" for trial in present):
             return ""
@@ -103,12 +108,14 @@ class Evidence:
         return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
 
     def only_eager(
-        self, winners: Iterable[Winner], compared: frozenset[tuple[str, int]] | None = None
+        self, winners: Iterable[Winner], path: Path, compared: frozenset[tuple[str, int]] | None = None
     ) -> Winner | None:
         """The first of ``winners`` that was compared with eager PyTorch alone, because Inductor's code was not
         measured; None if there is none.
 
-        Args: compared: (problem, tokens) of the others that are not Inductor's, where another rank has looked.
+        Args:
+            path: the database that the winners are from: their baselines are beside them.
+            compared: (problem, tokens) of the others that are not Inductor's, where another rank has looked.
         """
         for winner in winners:
             if winner.baseline in _INDUCTOR:
@@ -118,18 +125,23 @@ class Evidence:
                     return winner
                 continue
             bucket = (winner.target, winner.problem, winner.tokens)
-            if bucket not in self._baselines:
-                self._baselines[bucket] = self._read(lambda database, key=bucket: [*database.baselines(*key)])  # type: ignore[misc]
-            if not _INDUCTOR.intersection(self._baselines[bucket]):
+            key = (path, *bucket)
+            if key not in self._baselines:
+                self._baselines[key] = _rows([path], lambda database, bucket=bucket: [*database.baselines(*bucket)])  # type: ignore[misc]
+            if not _INDUCTOR.intersection(self._baselines[key]):
                 return winner
         return None
 
-    def _read(self, query: Callable[[TunedDatabase], list[_T]]) -> list[_T]:
+
+def _rows(paths: Iterable[Path], query: Callable[[TunedDatabase], list[_T]]) -> list[_T]:
+    found: list[_T] = []
+    for path in paths:
         try:
-            with TunedDatabase(self._path, read_only=True) as database:
-                return query(database)
+            with TunedDatabase(path, read_only=True) as database:
+                found += query(database)
         except DatabaseError:
-            return []
+            continue
+    return found
 
 
 def read_shared(path: Path, target: Target, problem: Problem | None = None) -> Shared:
