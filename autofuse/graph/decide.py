@@ -16,7 +16,7 @@ from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner,
 from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
-from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared
+from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared, read_tuned
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
@@ -88,14 +88,14 @@ class Decision:
 class Knowledge:
     """What is known of one device: its target and winners, or what keeps us from knowing them.
 
-    ``compared`` is what another rank said of winners that beat eager PyTorch; see ``Shared``. None where this process
-    reads its own database.
+    ``shared`` is what the ranks agreed on, which the snapshot was made of. None where this process reads its own
+    databases.
     """
 
     target: Target | None
     snapshot: Snapshot | None
     fault: str = ""
-    compared: frozenset[tuple[str, int]] | None = None
+    shared: Shared | None = None
 
     @classmethod
     def of(cls, device: torch.device, settings: Settings) -> Knowledge:
@@ -103,12 +103,11 @@ class Knowledge:
             target = target_of(device)
         except TargetUnavailable as error:
             return cls(None, None, str(error))
-        if ranks.several and settings.plan is None:
-            path = settings.database or default_path()
-            found = ranks.read(target, settings.database, lambda: read_shared(path, target))
-            snapshot = None if found.fault else found.snapshot(path, target)
-            return cls(target, snapshot, found.fault, found.compared)
         try:
+            if ranks.several and settings.plan is None:
+                path = settings.database or default_path()
+                found = ranks.read(target, settings.database, lambda: read_shared(path, target))
+                return cls(target, None if found.fault else found.snapshot(path, target), found.fault, found)
             if settings.plan is not None:
                 return cls(target, Snapshot.load(pinned_database(settings.plan), target, alone=True))
             return cls(target, Snapshot.load(settings.database, target))
@@ -234,7 +233,8 @@ class Decider:
     def _only_eager(self, lookup: Lookup, known: Knowledge) -> Winner | None:
         assert known.snapshot is not None, "winners are of a snapshot"
         layer = next(islice(known.snapshot.layers(), lookup.layer, None))
-        return self._evidence.only_eager(lookup.winners, layer.path, known.compared)
+        compared = None if known.shared is None else known.shared.layers[lookup.layer].compared
+        return self._evidence.only_eager(lookup.winners, layer.path, compared)
 
     def _lookup(self, known: Knowledge, key: Key) -> Lookup:
         if known.snapshot is None:
@@ -270,7 +270,7 @@ class Decider:
         def work() -> Shared:
             if why := here():
                 return Shared(fault=why)
-            return read_shared(self._database, key.target, key.problem)
+            return read_tuned(self._database, key.target, key.problem)
 
         wait_s = budget_s + STOP_GRACE_S + RANK_WAIT_S
         return ranks.tune(key.target, self.settings.database, str(key), wait_s, work)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from autofuse.cache_db import AbsentDatabaseError, Captured, Trial, TunedDatabase, Winner
+from autofuse.cache_db.files import lower_paths
 from autofuse.errors import DatabaseError
-from autofuse.graph.ranks import Shared
+from autofuse.graph.notice import warn_once
+from autofuse.graph.ranks import Shared, SharedDatabase
 from autofuse.ops.buckets import within_reach
 from autofuse.ops.problem import Problem
 from autofuse.targets import Target
 
-__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared"]
+__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared", "read_tuned"]
 
 ANY_TOKENS = 1 << 31
 """The most tokens a call is taken to have where its graph sets no bound."""
@@ -144,18 +146,37 @@ def _rows(paths: Iterable[Path], query: Callable[[TunedDatabase], list[_T]]) -> 
     return found
 
 
-def read_shared(path: Path, target: Target, problem: Problem | None = None) -> Shared:
-    """What a database holds of ``target`` (and of ``problem``, if one is named) that other ranks may need."""
+def read_shared(path: Path, target: Target) -> Shared:
+    """What ``path`` and the databases below it hold of ``target`` that other ranks may need; see ``Snapshot.load``."""
     try:
-        with TunedDatabase(path, read_only=True) as database:
-            winners = database.winners(target, problem=problem)
-            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
-    except AbsentDatabaseError:
-        return Shared()
+        layers, lower = [_read_shared(path, target)], lower_paths()
     except DatabaseError as error:
         return Shared(fault=str(error))
+    for each in lower:
+        try:
+            layers.append(_read_shared(each, target))
+        except DatabaseError as error:
+            warn_once(f"a database of AUTOFUSE_DB_PATH is passed over: {error}")
+    return Shared((layers[0], *(layer for layer in layers[1:] if layer.present)))
+
+
+def read_tuned(path: Path, target: Target, problem: Problem) -> Shared:
+    """What ``path`` alone holds of ``problem``, after it was tuned for other ranks as well."""
+    try:
+        return Shared((_read_shared(path, target, problem),))
+    except DatabaseError as error:
+        return Shared(fault=str(error))
+
+
+def _read_shared(path: Path, target: Target, problem: Problem | None = None) -> SharedDatabase:
+    try:
+        with TunedDatabase(path, read_only=True) as database:
+            winners = database.every(Winner, target, None, problem, candidates=True)
+            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
+    except AbsentDatabaseError:
+        return SharedDatabase(path)
     compared = {(str(w.problem), w.tokens) for w, baselines in kinds.items() if _INDUCTOR.intersection(baselines)}
-    return Shared(True, tuple(winners), frozenset(compared))
+    return SharedDatabase(path, True, tuple(winners), frozenset(compared))
 
 
 def describe_range(low: int, high: int) -> str:
