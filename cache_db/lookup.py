@@ -6,7 +6,7 @@ import hashlib
 import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,11 +35,13 @@ class Lookup:
         winners: the buckets that answer, the one whose config runs first; ascending for a range; empty where the rule
             is ``candidate``, ``stale`` or ``untuned``.
         reason: the same as a sentence, fit for a report.
+        layer: which of the snapshot's ``layers`` the answer is from.
     """
 
     rule: str
     winners: tuple[Winner, ...]
     reason: str
+    layer: int = 0
 
     @property
     def beats_baseline(self) -> bool:
@@ -164,7 +166,10 @@ class Snapshot:
         return answer
 
     def _look_up(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
-        answers = (layer._own_answer(problem, tokens_low, tokens_high, source_hash) for layer in self.layers())
+        answers = (
+            replace(layer._own_answer(problem, tokens_low, tokens_high, source_hash), layer=depth)
+            for depth, layer in enumerate(self.layers())
+        )
         first = next(answers)
         return first if first.winners else next((answer for answer in answers if answer.winners), first)
 

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from autofuse.graph.fusions import FUSIONS
-from autofuse.graph.graph_pass import sources_hash
+from autofuse.graph.sources import sources_hash
 from bench.showing import replace_generated
 from bench.tables import Results
 from hf_models import MODELS

@@ -17,7 +17,7 @@ from models import HIDDEN, MlaLatents, isolate, without_code_generation
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
-from autofuse.graph import graph_pass, notice
+from autofuse.graph import notice, sources
 from autofuse.graph.explain import explain
 from autofuse.graph.report_store import last_reports
 
@@ -162,13 +162,13 @@ def test_a_second_process_hits_inductors_cache_and_still_has_the_report():
 def test_an_edit_of_what_decides_is_another_graph_to_inductor(monkeypatch, tmp_path, file):
     package = tmp_path / "autofuse"
     for folder in ("cache_db", "graph", "ops", "runtime", "targets"):
-        shutil.copytree(Path(graph_pass.__file__).parents[1] / folder, package / folder)
-    monkeypatch.setattr(graph_pass, "__file__", str(package / "graph" / "graph_pass.py"))
-    before = graph_pass.sources_hash.__wrapped__()
-    assert graph_pass.sources_hash.__wrapped__() == before
-    with (package / file).open("a", encoding="utf-8") as source:
-        source.write("# another rule\n")
-    assert graph_pass.sources_hash.__wrapped__() != before
+        shutil.copytree(Path(sources.__file__).parents[1] / folder, package / folder)
+    monkeypatch.setattr(sources, "__file__", str(package / "graph" / "sources.py"))
+    before = sources.sources_hash.__wrapped__()
+    assert sources.sources_hash.__wrapped__() == before
+    with (package / file).open("a", encoding="utf-8") as written:
+        written.write("# another rule\n")
+    assert sources.sources_hash.__wrapped__() != before
 
 
 def test_training_is_not_disturbed():

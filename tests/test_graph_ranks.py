@@ -43,11 +43,24 @@ def decided(name, prepare, tokens=16, options=None, together=True, **more):
     }}
     dist.barrier()
     dist.destroy_process_group()
+    os.environ.pop("AUTOFUSE_DB_PATH", None)
     print(json.dumps([name, answer]), flush=True)
 
 
 def only(which, *winners):
     return lambda: tuned(*winners) if rank == which else None
+
+
+def below():
+    # Only the lowest rank is told of a database below its own, which compared a winner with eager PyTorch.
+    if rank:
+        return
+    tuned(winner(4096, 1.5))
+    own, lower = os.environ["AUTOFUSE_DB"], str(folder / "site.db")
+    os.environ["AUTOFUSE_DB"] = lower
+    compared(winner(16, 1.5, baseline="eager"))
+    os.environ |= {{"AUTOFUSE_DB": own, "AUTOFUSE_DB_PATH": lower}}
+    print(json.dumps(["one process", [str(Knowledge.of(CPU, Settings())), str(decide(16).plan)]]), flush=True)
 
 
 asked = []
@@ -71,6 +84,10 @@ decided("damaged", lambda: default_path().write_text("nothing of ours " * 99) if
 decided("tuned", lambda: None, [16, 256, 16], {{"autofuse.untuned": "tune"}}, tune=tune)
 print(json.dumps(["asked", asked]), flush=True)
 asked.clear()
+decided("below", below, [16, 256, 16], {{"autofuse.untuned": "tune"}}, tune=tune)
+print(json.dumps(["asked above", asked]), flush=True)
+asked.clear()
+decided("only below", below)
 decided("cannot be tuned", lambda: None, [64], {{"autofuse.untuned": "tune"}}, tune=fails)
 print(json.dumps(["failed", asked]), flush=True)
 
@@ -150,6 +167,22 @@ def test_what_nobody_measured_is_tuned_by_one_rank_for_all(said: list[dict]) -> 
     assert first["rules"] == ["exact"] * 3
     assert "None" not in first["plans"]
     assert sorted(said[0]["asked"] + said[1]["asked"]) == [[16], [256]]
+
+
+def test_they_ask_the_databases_below_as_one_process_does(said: list[dict]) -> None:
+    first, second = (each["only below"] for each in said)
+    assert first == second
+    assert [first["known"], *first["plans"]] == said[0]["one process"]
+    assert first["rules"] == ["exact"]
+    assert "None" not in first["plans"]
+
+
+def test_what_is_tuned_meanwhile_is_known_above_the_databases_below(said: list[dict]) -> None:
+    first, second = (each["below"] for each in said)
+    assert first == second
+    assert first["rules"] == ["exact"] * 3
+    assert first["plans"][0] == first["plans"][2] != "None"
+    assert said[0]["asked above"] + said[1]["asked above"] == [[256]]
 
 
 def test_what_one_rank_cannot_tune_no_other_tries(said: list[dict]) -> None:

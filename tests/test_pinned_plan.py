@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from deciding import CPU, compared, decide, tuned, winner
 import autofuse
 from autofuse.cache_db import TunedDatabase, default_path, export_database
 from autofuse.errors import AutofuseError, BadInput
+from autofuse.graph import pinned
 from autofuse.graph.decide import Knowledge
 from autofuse.graph.settings import PLAN_VARIABLE, Settings
+from autofuse.ops import Constraint, get_op
 from autofuse.ops.problem import Config
 from autofuse.targets import target_of
 
@@ -91,3 +94,32 @@ def test_a_config_outside_the_search_space_does_not_run(plan: Path) -> None:
     with TunedDatabase(default_path(), read_only=True) as database:
         export_database(database, plan, overwrite=True)
     assert not decide(64, {"autofuse.plan": str(plan)}).fuses
+
+
+@pytest.mark.parametrize("fewer", ["values", "rules"])
+def test_what_one_autofuse_left_out_is_there_for_another(
+    fewer: str, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has a machine with other values to choose from, or is an earlier one with stricter rules."""
+    best = winner(1, 2.0)
+    tuned(winner(64, 2.0), replace(best, config=Config.of(best.config, UNROLL=4)))
+    with TunedDatabase(default_path(), read_only=True) as database:
+        export_database(database, plan, winners_only=True, overwrite=True)
+    op = get_op("mla_dual_rms_norm")
+    kernel = op.kernel_source("cpu")
+    if fewer == "values":
+        tunables = (replace(each, values=tuple({*each.values} - {4})) for each in kernel.space.tunables)
+        space = replace(kernel.space, tunables=tuple(tunables))
+    else:
+        rule = Constraint("it was not thought of", lambda config, *_: config["UNROLL"] < 4)
+        space = replace(kernel.space, constraints=(*kernel.space.constraints, rule))
+    options = {"autofuse.plan": str(plan)}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(op), "kernels", {**op.kernels, "cpu": replace(kernel, space=space)})
+        if fewer == "rules":
+            patch.setattr(pinned, "sources_hash", lambda: "of an earlier autofuse")
+        assert [decide(tokens, options).fuses for tokens in (64, 1)] == [True, False]
+    assert [decide(tokens, options).fuses for tokens in (64, 1)] == [True, True]
+    made = pinned.pinned_database(plan)
+    written = made.stat().st_mtime_ns
+    assert (pinned.pinned_database(plan), made.stat().st_mtime_ns) == (made, written)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner,
 from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
-from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared
+from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared, read_tuned
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
@@ -87,14 +88,14 @@ class Decision:
 class Knowledge:
     """What is known of one device: its target and winners, or what keeps us from knowing them.
 
-    ``compared`` is what another rank said of winners that beat eager PyTorch; see ``Shared``. None where this process
-    reads its own database.
+    ``shared`` is what the ranks agreed on, which the snapshot was made of. None where this process reads its own
+    databases.
     """
 
     target: Target | None
     snapshot: Snapshot | None
     fault: str = ""
-    compared: frozenset[tuple[str, int]] | None = None
+    shared: Shared | None = None
 
     @classmethod
     def of(cls, device: torch.device, settings: Settings) -> Knowledge:
@@ -102,12 +103,11 @@ class Knowledge:
             target = target_of(device)
         except TargetUnavailable as error:
             return cls(None, None, str(error))
-        if ranks.several and settings.plan is None:
-            path = settings.database or default_path()
-            found = ranks.read(target, settings.database, lambda: read_shared(path, target))
-            snapshot = None if found.fault else found.snapshot(path, target)
-            return cls(target, snapshot, found.fault, found.compared)
         try:
+            if ranks.several and settings.plan is None:
+                path = settings.database or default_path()
+                found = ranks.read(target, settings.database, lambda: read_shared(path, target))
+                return cls(target, None if found.fault else found.snapshot(path, target), found.fault, found)
             if settings.plan is not None:
                 return cls(target, Snapshot.load(pinned_database(settings.plan), target, alone=True))
             return cls(target, Snapshot.load(settings.database, target))
@@ -154,8 +154,9 @@ class Decider:
     _captured: dict[Captured, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        paths = [known.snapshot.path for known in self.known.values() if known.snapshot is not None]
-        self._evidence = Evidence(paths[0] if self.settings.plan is not None and paths else self._database)
+        snapshots = (known.snapshot for known in self.known.values() if known.snapshot is not None)
+        paths = dict.fromkeys(layer.path for snapshot in snapshots for layer in snapshot.layers())
+        self._evidence = Evidence([*paths])
 
     @property
     def _database(self) -> Path:
@@ -197,7 +198,7 @@ class Decider:
         if not lookup.winners and self.settings.untuned == "tune":
             lookup = self._tuned(key, site.device, lookup)
         if lookup.winners:
-            return self._measured(op, key, lookup, self.known[site.device].compared)
+            return self._measured(op, key, lookup, self.known[site.device])
         decision = Decision(None, lookup.rule, lookup.reason, problem, key)
         if self.settings.untuned == "fuse":
             buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
@@ -208,13 +209,13 @@ class Decider:
         reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
         return replace(decision, reason=reason, nearest=self._evidence.nearest(key))
 
-    def _measured(self, op: FusedOp, key: Key, lookup: Lookup, compared: frozenset[tuple[str, int]] | None) -> Decision:
+    def _measured(self, op: FusedOp, key: Key, lookup: Lookup, known: Knowledge) -> Decision:
         """By what was measured: whether every T that the site may be called with is served by something faster."""
         saved = statistics.mean(winner.baseline_us - winner.time_us for winner in lookup.winners)
         decision = Decision(None, lookup.rule, lookup.reason, key.problem, key, lookup.winners, saved)
         if (why := _outside_space(op, key.problem, key.target.kind, lookup)) is not None:
             return replace(decision, rule="refused", reason=why)
-        if (doubtful := self._evidence.only_eager(lookup.winners, compared)) is not None:
+        if (doubtful := self._only_eager(lookup, known)) is not None:
             why = (
                 f"at T={doubtful.tokens} it was compared with eager PyTorch alone, and the code that Inductor would "
                 f"generate was not measured: run `autofuse tune --retune --problem '{key.problem}' --tokens "
@@ -228,6 +229,12 @@ class Decider:
         unfused = ", ".join(f"T={tokens}" for tokens, config in buckets if config is None)
         reason = f"{lookup.reason}; unfused where it is not faster: {unfused}" if unfused else lookup.reason
         return replace(decision, plan=Plan(key.target.arch, key.problem, buckets, key.source_hash), reason=reason)
+
+    def _only_eager(self, lookup: Lookup, known: Knowledge) -> Winner | None:
+        assert known.snapshot is not None, "winners are of a snapshot"
+        layer = next(islice(known.snapshot.layers(), lookup.layer, None))
+        compared = None if known.shared is None else known.shared.layers[lookup.layer].compared
+        return self._evidence.only_eager(lookup.winners, layer.path, compared)
 
     def _lookup(self, known: Knowledge, key: Key) -> Lookup:
         if known.snapshot is None:
@@ -263,7 +270,7 @@ class Decider:
         def work() -> Shared:
             if why := here():
                 return Shared(fault=why)
-            return read_shared(self._database, key.target, key.problem)
+            return read_tuned(self._database, key.target, key.problem)
 
         wait_s = budget_s + STOP_GRACE_S + RANK_WAIT_S
         return ranks.tune(key.target, self.settings.database, str(key), wait_s, work)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from autofuse.cache_db import AbsentDatabaseError, Captured, Trial, TunedDatabase, Winner
+from autofuse.cache_db.files import lower_paths
 from autofuse.errors import DatabaseError
-from autofuse.graph.ranks import Shared
+from autofuse.graph.notice import warn_once
+from autofuse.graph.ranks import Shared, SharedDatabase
 from autofuse.ops.buckets import within_reach
 from autofuse.ops.problem import Problem
 from autofuse.targets import Target
 
-__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared"]
+__all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared", "read_tuned"]
 
 ANY_TOKENS = 1 << 31
 """The most tokens a call is taken to have where its graph sets no bound."""
@@ -66,25 +68,28 @@ class Key:
 
 
 class Evidence:
-    """Rows of one database that no decision is based on, read when they are asked for, and once.
+    """Rows of databases that are not winners which answer, read when they are asked for, and once.
 
-    Where the database cannot be read, there are none: whoever read the winners has warned of that already.
+    Where a database cannot be read, it has none: whoever read the winners has warned of that already.
+
+    Args:
+        paths: the databases, the uppermost first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
         self._winners: dict[str, Sequence[Winner]] = {}
         self._trials: dict[tuple[Target, Problem], Sequence[Trial]] = {}
-        self._baselines: dict[tuple[Target, Problem, int], Sequence[str]] = {}
+        self._baselines: dict[tuple[Path, Target, Problem, int], Sequence[str]] = {}
 
     def nearest(self, key: Key) -> str:
-        """The row that is nearest to ``key``, and what it differs in, as a sentence."""
+        """The row that is nearest to ``key``, and what it differs in, as a sentence; "" without a database."""
         op = key.problem.op
         if op not in self._winners:
-            self._winners[op] = self._read(lambda database: database.winners(op=op))
+            self._winners[op] = _rows(self._paths, lambda database: database.winners(op=op))
         found = nearest_row(self._winners[op], key)
         if found is None:
-            return f"{self._path} has no row of {op}"
+            return "; ".join(f"{path} has no row of {op}" for path in self._paths)
         row, differ = found
         place = f"{row.problem} at T={row.tokens} on {row.target}"
         return f"the nearest row is {place}; it differs in {', '.join(differ) or 'nothing'}"
@@ -95,7 +100,9 @@ class Evidence:
         """
         pair = (key.target, key.problem)
         if pair not in self._trials:
-            self._trials[pair] = self._read(lambda database: database.every(Trial, key.target, None, key.problem))
+            self._trials[pair] = _rows(
+                self._paths, lambda database: database.every(Trial, key.target, None, key.problem)
+            )
         present = [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
         if not present or any(trial.status == "ok" for trial in present):
             return ""
@@ -103,12 +110,14 @@ class Evidence:
         return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
 
     def only_eager(
-        self, winners: Iterable[Winner], compared: frozenset[tuple[str, int]] | None = None
+        self, winners: Iterable[Winner], path: Path, compared: frozenset[tuple[str, int]] | None = None
     ) -> Winner | None:
         """The first of ``winners`` that was compared with eager PyTorch alone, because Inductor's code was not
         measured; None if there is none.
 
-        Args: compared: (problem, tokens) of the others that are not Inductor's, where another rank has looked.
+        Args:
+            path: the database that the winners are from: their baselines are beside them.
+            compared: (problem, tokens) of the others that are not Inductor's, where another rank has looked.
         """
         for winner in winners:
             if winner.baseline in _INDUCTOR:
@@ -118,32 +127,56 @@ class Evidence:
                     return winner
                 continue
             bucket = (winner.target, winner.problem, winner.tokens)
-            if bucket not in self._baselines:
-                self._baselines[bucket] = self._read(lambda database, key=bucket: [*database.baselines(*key)])  # type: ignore[misc]
-            if not _INDUCTOR.intersection(self._baselines[bucket]):
+            key = (path, *bucket)
+            if key not in self._baselines:
+                self._baselines[key] = _rows([path], lambda database, bucket=bucket: [*database.baselines(*bucket)])  # type: ignore[misc]
+            if not _INDUCTOR.intersection(self._baselines[key]):
                 return winner
         return None
 
-    def _read(self, query: Callable[[TunedDatabase], list[_T]]) -> list[_T]:
+
+def _rows(paths: Iterable[Path], query: Callable[[TunedDatabase], list[_T]]) -> list[_T]:
+    found: list[_T] = []
+    for path in paths:
         try:
-            with TunedDatabase(self._path, read_only=True) as database:
-                return query(database)
+            with TunedDatabase(path, read_only=True) as database:
+                found += query(database)
         except DatabaseError:
-            return []
+            continue
+    return found
 
 
-def read_shared(path: Path, target: Target, problem: Problem | None = None) -> Shared:
-    """What a database holds of ``target`` (and of ``problem``, if one is named) that other ranks may need."""
+def read_shared(path: Path, target: Target) -> Shared:
+    """What ``path`` and the databases below it hold of ``target`` that other ranks may need; see ``Snapshot.load``."""
     try:
-        with TunedDatabase(path, read_only=True) as database:
-            winners = database.winners(target, problem=problem)
-            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
-    except AbsentDatabaseError:
-        return Shared()
+        layers, lower = [_read_shared(path, target)], lower_paths()
     except DatabaseError as error:
         return Shared(fault=str(error))
+    for each in lower:
+        try:
+            layers.append(_read_shared(each, target))
+        except DatabaseError as error:
+            warn_once(f"a database of AUTOFUSE_DB_PATH is passed over: {error}")
+    return Shared((layers[0], *(layer for layer in layers[1:] if layer.present)))
+
+
+def read_tuned(path: Path, target: Target, problem: Problem) -> Shared:
+    """What ``path`` alone holds of ``problem``, after it was tuned for other ranks as well."""
+    try:
+        return Shared((_read_shared(path, target, problem),))
+    except DatabaseError as error:
+        return Shared(fault=str(error))
+
+
+def _read_shared(path: Path, target: Target, problem: Problem | None = None) -> SharedDatabase:
+    try:
+        with TunedDatabase(path, read_only=True) as database:
+            winners = database.every(Winner, target, None, problem, candidates=True)
+            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
+    except AbsentDatabaseError:
+        return SharedDatabase(path)
     compared = {(str(w.problem), w.tokens) for w, baselines in kinds.items() if _INDUCTOR.intersection(baselines)}
-    return Shared(True, tuple(winners), frozenset(compared))
+    return SharedDatabase(path, True, tuple(winners), frozenset(compared))
 
 
 def describe_range(low: int, high: int) -> str:

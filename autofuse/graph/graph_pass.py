@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +13,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from autofuse.errors import UnsupportedCall
 from autofuse.graph.blocks import Found
 from autofuse.graph.compile_tuning import Tuner, tune_in_process
 from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
@@ -27,11 +23,10 @@ from autofuse.graph.origin import Origins
 from autofuse.graph.recognise import recognise
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport, count_blocks
 from autofuse.graph.settings import PREFIX, Settings
-from autofuse.ops import OPS
+from autofuse.graph.sources import sources_hash
 from autofuse.runtime.vllm_context import head_cache_kinds, output_formats
-from autofuse.targets import KINDS
 
-__all__ = ["FusionPass", "StoppedError", "sources_hash", "without_overlaps"]
+__all__ = ["FusionPass", "StoppedError", "without_overlaps"]
 
 # PyTorch 2.12 and later tell such passes whether the graph is for inference; a user's pass may want to know.
 _AwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
@@ -43,27 +38,6 @@ _CANNOT = ("refused", "split", "unsupported")
 
 class StoppedError(Exception):
     """Ends a compilation whose report is all that is wanted."""
-
-
-@cache
-def sources_hash() -> str:
-    """Changes with the sources of the passes, the ops, their dispatch, their kernels, and of what a decision asks.
-
-    Without a folder that a decision depends on, an edit there would still hit graphs of before in Inductor's cache.
-    """
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for folder in ("cache_db", "graph", "ops", "runtime", "targets"):
-        for path in sorted((package / folder).rglob("*.py")):
-            digest.update(path.relative_to(package).as_posix().encode())
-            digest.update(path.read_bytes())
-    for op in OPS.values():
-        for kind in KINDS:
-            try:
-                digest.update(f"{op.name} {kind} {op.source_hash(kind)}".encode())
-            except UnsupportedCall:
-                continue
-    return digest.hexdigest()
 
 
 class FusionPass(_AwarePass):

@@ -12,6 +12,8 @@ from autofuse.cache_db.foreign import check_size
 from autofuse.cache_db.sqlite_export import write_sqlite
 from autofuse.errors import BadInput
 from autofuse.graph.settings import PLAN_VARIABLE
+from autofuse.graph.sources import sources_hash
+from autofuse.ops import OPS
 from autofuse.paths import cache_folder
 from autofuse.targets import Target
 
@@ -42,11 +44,11 @@ def load_plan(path: Path | str | None) -> list[Target]:
 
 def pinned_database(plan: Path) -> Path:
     """A database in the cache folder that holds what ``plan`` holds, checked as an import is. Made once for each
-    content. Raises BadInput, DatabaseError.
+    content and each autofuse, for what one leaves out may be of use to another. Raises BadInput, DatabaseError.
     """
     try:
         check_size(plan.stat().st_size, plan)
-        name = hashlib.sha256(plan.read_bytes()).hexdigest()[:32]
+        name = hashlib.sha256(f"{_what_is_of_use()}|".encode() + plan.read_bytes()).hexdigest()[:32]
     except OSError as error:
         raise BadInput(f"the plan {plan} cannot be read: {error.strerror}; name another file") from None
     folder = cache_folder() / "plans"
@@ -64,3 +66,14 @@ def pinned_database(plan: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return made
+
+
+def _what_is_of_use() -> str:
+    """Stands for what decides which rows of an export are left out here."""
+    # The sources do not tell a machine's cores, which some spaces go by: a cache folder may be shared by machines.
+    values = [
+        (op.name, kind, [(tunable.name, tunable.values) for tunable in kernel.space.tunables])
+        for op in OPS.values()
+        for kind, kernel in op.kernels.items()
+    ]
+    return f"{sources_hash()}|{values}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,43 +24,42 @@ from autofuse.graph.notice import logger, warn_once
 from autofuse.targets import Target
 from autofuse.tuner.budgets import RANK_WAIT_S
 
-__all__ = ["Ranks", "Shared", "ranks"]
+__all__ = ["Ranks", "Shared", "SharedDatabase", "ranks"]
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What one rank found out for those on equal devices.
+class SharedDatabase:
+    """What one database holds of a target.
 
     Attributes:
-        present: whether there is a database.
-        winners: of the target.
+        path: where the rank that read it found it.
+        present: whether it was there.
+        winners: of the target, stale ones and candidates too.
         compared: (problem, tokens) of winners whose best baseline is eager, and that were compared with Inductor's code
             as well.
-        fault: why nothing is known, or why tuning found nothing.
     """
 
+    path: Path
     present: bool = False
     winners: tuple[Winner, ...] = ()
     compared: frozenset[tuple[str, int]] = frozenset()
-    fault: str = ""
 
-    def encode(self) -> str:
+    def encode(self) -> dict[str, object]:
         winners = [to_row(winner) for winner in self.winners]
         compared = sorted(map(list, self.compared))
-        return json.dumps({"present": self.present, "winners": winners, "compared": compared, "fault": self.fault})
+        return {"path": str(self.path), "present": self.present, "winners": winners, "compared": compared}
 
     @classmethod
-    def decode(cls, text: str | bytes) -> Shared:
-        """Raises BadInput, ValueError, KeyError, TypeError for what is none."""
-        fields: dict[str, Any] = json.loads(text)
+    def decode(cls, fields: Mapping[str, Any]) -> SharedDatabase:
+        """Raises as ``Shared.decode``."""
         return cls(
+            Path(fields["path"]),
             bool(fields["present"]),
             tuple(from_row(Winner, row) for row in fields["winners"]),
             frozenset((str(problem), int(tokens)) for problem, tokens in fields["compared"]),
-            str(fields["fault"]),
         )
 
-    def with_newer(self, newer: Shared) -> Shared:
+    def with_newer(self, newer: SharedDatabase) -> SharedDatabase:
         """Both; of the same bucket the newer winner."""
         buckets = {(winner.problem, winner.tokens): winner for winner in (*self.winners, *newer.winners)}
         winners = sorted(buckets.values(), key=lambda winner: (str(winner.problem), winner.tokens))
@@ -68,8 +67,43 @@ class Shared:
             self, present=self.present or newer.present, winners=tuple(winners), compared=self.compared | newer.compared
         )
 
-    def snapshot(self, path: Path, target: Target) -> Snapshot:
-        return Snapshot(path, self.present, target, self.winners)
+
+@dataclass(frozen=True)
+class Shared:
+    """What one rank found out for those on equal devices.
+
+    Attributes:
+        layers: the databases, as ``Snapshot.layers``: the user's own first, which may be absent, then those below it;
+            empty where nothing is known.
+        fault: why nothing is known, or why tuning found nothing.
+    """
+
+    layers: tuple[SharedDatabase, ...] = ()
+    fault: str = ""
+
+    def encode(self) -> str:
+        return json.dumps({"layers": [layer.encode() for layer in self.layers], "fault": self.fault})
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Shared:
+        """Raises BadInput, ValueError, KeyError, TypeError for what is none."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(tuple(map(SharedDatabase.decode, fields["layers"])), str(fields["fault"]))
+
+    def with_newer(self, newer: Shared) -> Shared:
+        """Both: what was tuned meanwhile is in the user's own database."""
+        if not self.layers or not newer.layers:
+            return replace(self, layers=self.layers or newer.layers)
+        own, *below = self.layers
+        return replace(self, layers=(own.with_newer(newer.layers[0]), *below))
+
+    def snapshot(self, path: Path, target: Target) -> Snapshot | None:
+        """None where nothing is known. Args: path: of this rank's own database."""
+        snapshot: Snapshot | None = None
+        for layer in reversed(self.layers):
+            at = path if layer is self.layers[0] else layer.path
+            snapshot = Snapshot(at, layer.present, target, layer.winners, snapshot)
+        return snapshot
 
 
 class Ranks:
