@@ -25,9 +25,10 @@ from autofuse.cache_db.records import TIME_FORMAT
 from autofuse.cli import watch as watch_module
 from autofuse.cli.app import run
 from autofuse.cli.watch import watch
+from autofuse.errors import DatabaseError
 from autofuse.ops import Problem, get_op
 from autofuse.targets import target_of
-from autofuse.tuner import api, budgets, idleness
+from autofuse.tuner import api, budgets, idleness, job
 from autofuse.tuner.budgets import GUESSED_PACE, Effort
 from autofuse.tuner.device_lock import device_lock
 from autofuse.tuner.forecast import Forecast, forecast, paces
@@ -57,7 +58,7 @@ class Service:
         monkeypatch.setattr(watch_module, "_others", lambda devices: self.others.pop(0) if self.others else None)
         monkeypatch.setattr(watch_module, "typer", SimpleNamespace(echo=lambda line, err: self.lines.append(line)))
 
-    def run(self, naps: int, duty: float = 0.5) -> None:
+    def run(self, naps: int, duty: float = 0.5, ends_by: type[BaseException] = KeyboardInterrupt) -> None:
         def sites() -> dict[Captured, list[Bucket]]:
             return {site: api.captured_buckets(site) for site in self.database.captured()}
 
@@ -67,7 +68,7 @@ class Service:
             if len(self.sleeps) == naps:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ends_by):
             watch(self.database, [CPU], sites, self.effort, 0, duty, sleep=sleep)
 
 
@@ -143,6 +144,43 @@ def test_what_cannot_be_tuned_is_said_and_left_and_the_rest_is_tuned(
     assert [winner.problem for winner in service.database.winners()] == [norms(248)]
     assert [site.problem for site in service.database.captured()] == [norms(232)]
     assert sum("is not tried again" in line for line in service.lines) == 1
+
+
+def failing_to_open(monkeypatch: pytest.MonkeyPatch, problem: Problem, error: Exception) -> None:
+    opens = job.IsolatedBench.open
+
+    def opened(bench: Any, which: Problem, *arguments: Any) -> None:
+        if which == problem:
+            raise error
+        opens(bench, which, *arguments)
+
+    monkeypatch.setattr(job.IsolatedBench, "open", opened)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("DefaultCPUAllocator:\n  can't allocate memory"), RuntimeError("KeyError: 'x'")]
+)
+def test_what_does_not_fit_or_fails_in_the_worker_is_left_and_the_rest_is_tuned(
+    error: Exception, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_to_open(monkeypatch, norms(), error)
+    for problem in (norms(), norms(104)):
+        capture(service.database, problem, 4, 4)
+    service.run(4)
+    assert [winner.problem for winner in service.database.winners()] == [norms(104)]
+    assert [site.problem for site in service.database.captured()] == [norms()]
+    (line,) = [line for line in service.lines if "is not tried again" in line]
+    assert line.endswith(" ".join(str(error).split()))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DatabaseError("it cannot be written")])
+def test_what_is_no_buckets_fault_ends_the_service(
+    error: Exception, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_to_open(monkeypatch, norms(), error)
+    capture(service.database, norms(), 4, 4)
+    service.run(1, ends_by=type(error))
+    assert not any("is not tried again" in line for line in service.lines)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

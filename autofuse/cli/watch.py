@@ -45,7 +45,8 @@ def watch(
         duty: above 0 and up to 1.
         sleep: waits so many seconds.
 
-    Raises DatabaseError, for whoever started the service to see; a signal's exception passes.
+    Raises DatabaseError, and OSError for a full disk, for whoever started the service to see; a signal's exception
+    passes.
     """
     from autofuse.tuner.budgets import WATCH_LOOK_S
 
@@ -109,7 +110,7 @@ def _tune(
                 tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
             except DatabaseError:
                 raise
-            except AutofuseError as error:
+            except (AutofuseError, MemoryError, RuntimeError) as error:  # the last two as an isolated bench raises them
                 state.say(f"cannot be tuned, and is not tried again: {error}")
     except TargetUnavailable as error:  # another tuner
         state.say(f"waiting: {error}")
@@ -125,7 +126,7 @@ class _State:
 
     def say(self, line: str) -> None:
         if line != self._last:
-            typer.echo(f"autofuse: {line}", err=True)
+            typer.echo(f"autofuse: {' '.join(line.split())}", err=True)
         self._last = line
 
 
