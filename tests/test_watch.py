@@ -28,7 +28,7 @@ from autofuse.cli.watch import watch
 from autofuse.errors import DatabaseError
 from autofuse.ops import Problem, get_op
 from autofuse.targets import target_of
-from autofuse.tuner import api, budgets, idleness, job
+from autofuse.tuner import api, budgets, devices, idleness, job
 from autofuse.tuner.budgets import GUESSED_PACE, Effort
 from autofuse.tuner.device_lock import device_lock
 from autofuse.tuner.forecast import Forecast, forecast, paces
@@ -53,6 +53,7 @@ class Service:
         self.database, self.effort = database, effort
         self.sleeps: list[float] = []
         self.lines: list[str] = []
+        self.devices = [CPU]
         self.others: list[str | None] = []
         self.on_sleep: Callable[[], None] = lambda: None
         monkeypatch.setattr(watch_module, "_others", lambda devices: self.others.pop(0) if self.others else None)
@@ -69,7 +70,7 @@ class Service:
                 raise KeyboardInterrupt
 
         with pytest.raises(ends_by):
-            watch(self.database, [CPU], sites, self.effort, 0, duty, sleep=sleep)
+            watch(self.database, self.devices, sites, self.effort, 0, duty, sleep=sleep)
 
 
 @pytest.fixture
@@ -131,8 +132,9 @@ def test_another_tuner_is_waited_for(service: Service) -> None:
     assert len(service.database.winners()) == 1
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 def test_what_cannot_be_tuned_is_said_and_left_and_the_rest_is_tuned(
-    service: Service, edit_kernels: Callable[[str, str, str], None]
+    devices: int, service: Service, edit_kernels: Callable[[str, str, str], None]
 ) -> None:
     edit_kernels("mla_dual_rms_norm.cpp", "struct Params", "#if WIDTH_A == 232\n#error no\n#endif\nstruct Params")
     spec = NORMS.spec("cpu", norms(232), NORMS.default_config("cpu", norms(232), 4))
@@ -140,6 +142,7 @@ def test_what_cannot_be_tuned_is_said_and_left_and_the_rest_is_tuned(
     edit_kernels("mla_dual_rms_norm.cpp", "WIDTH_A == 232", f"{name} == 232")
     for width in (232, 248):
         capture(service.database, norms(width), 4, 4)
+    service.devices = [CPU] * devices
     service.run(4)
     assert [winner.problem for winner in service.database.winners()] == [norms(248)]
     assert [site.problem for site in service.database.captured()] == [norms(232)]
@@ -171,6 +174,26 @@ def test_what_does_not_fit_or_fails_in_the_worker_is_left_and_the_rest_is_tuned(
     assert [site.problem for site in service.database.captured()] == [norms()]
     (line,) = [line for line in service.lines if "is not tried again" in line]
     assert line.endswith(" ".join(str(error).split()))
+
+
+def test_where_one_of_several_fails_the_unfinished_are_tuned_one_at_a_time(
+    service: Service, tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+
+    def in_turn(batch: Sequence[Bucket], on: object, database: TunedDatabase, effort: Effort, **options: Any) -> None:
+        batches.append([bucket.problem["q_lora_rank"] for bucket in batch])
+        tune_buckets(batch, CPU, database, effort, **options)
+
+    monkeypatch.setattr(devices, "tune_on_devices", in_turn)
+    failing_to_open(monkeypatch, norms(104), MemoryError("can't allocate memory"))
+    for width in (104, 112, 120, 128):
+        capture(service.database, norms(width), 4, 4)
+    service.devices = [CPU] * 2
+    service.run(5)
+    assert batches == [[104, 112], [104], [112], [120, 128]]
+    assert [site.problem for site in service.database.captured()] == [norms(104)]
+    assert sum("is not tried again" in line for line in service.lines) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DatabaseError("it cannot be written")])

@@ -37,7 +37,8 @@ def watch(
     """Tunes captured sites on ``devices`` for as long as it is let.
 
     As many buckets at a time as there are devices, and only while nobody else uses these; after each it rests so long
-    that ``duty`` of the time is spent tuning. What cannot be tuned is not tried again until the service is restarted.
+    that ``duty`` of the time is spent tuning. Where one of several fails, those that it kept from being finished are
+    tuned one at a time. What cannot be tuned is not tried again until the service is restarted.
     Lines go to standard error, without a time: the journal has its own.
 
     Args:
@@ -52,6 +53,7 @@ def watch(
 
     tuned: set[Bucket] = set()
     given_up: set[Bucket] = set()
+    suspects: set[Bucket] = set()  # one of them, or several, cannot be tuned
     state = _State()
     _tell_systemd("READY=1")
     while True:
@@ -63,11 +65,12 @@ def watch(
             sleep(WATCH_LOOK_S)
             continue
         begin = time.monotonic()
-        batch = pending[: len(devices)]
+        batch = [bucket for bucket in pending if bucket in suspects][:1] or pending[: len(devices)]
         state.say(f"{len(pending)} buckets to tune")
         right, wrong = _tune(database, devices, batch, effort, seed, state)
         tuned |= right
         given_up |= wrong
+        suspects = suspects.union(batch) - right - wrong
         for site, buckets in wanted.items():
             if tuned.issuperset(buckets):
                 database.forget_captured(site)
@@ -89,18 +92,20 @@ def _tune(
     seed: int,
     state: _State,
 ) -> tuple[set[Bucket], set[Bucket]]:
-    """Tunes ``batch``. Returns what of it is tuned, and what is not to be tried again."""
+    """Tunes ``batch``. Returns what of it is tuned, and what is not to be tried again. What is in neither was stopped
+    by the failure of one that is not known: each is to be tuned alone.
+    """
     from autofuse.cli.progress import outcome
     from autofuse.tuner.device_lock import device_lock
     from autofuse.tuner.devices import tune_on_devices
     from autofuse.tuner.job import BucketDone
 
     right: set[Bucket] = set()
+    wrong: set[Bucket] = set()
 
     def observe(event: Event) -> None:
         if isinstance(event, BucketDone):
-            if event.winner is not None:
-                right.add(event.bucket)
+            (wrong if event.winner is None else right).add(event.bucket)
             if event.measured or event.winner is None:
                 state.say(outcome(event))
 
@@ -111,11 +116,14 @@ def _tune(
             except DatabaseError:
                 raise
             except (AutofuseError, MemoryError, RuntimeError) as error:  # the last two as an isolated bench raises them
+                if len(batch) > 1:
+                    state.say(f"stopped; what is not finished is tuned one at a time: {error}")
+                    return right, wrong
                 state.say(f"cannot be tuned, and is not tried again: {error}")
     except TargetUnavailable as error:  # another tuner
         state.say(f"waiting: {error}")
-        return right, set()
-    return right, {bucket for bucket in batch if bucket not in right}
+        return right, wrong
+    return right, set(batch) - right
 
 
 class _State:
