@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -301,7 +302,9 @@ def test_exclusive_refuses_a_device_that_another_tuner_has(capsys: pytest.Captur
     with device_lock([CPU]):
         assert run(TUNE) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"autofuse: error: another autofuse tune (process {os.getpid()}) is at work on cpu")
+    assert line.startswith(
+        f"autofuse: error: another autofuse tune (process {os.getpid()} on {platform.node()}) is at work on cpu"
+    )
 
 
 # What would be done
