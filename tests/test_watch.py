@@ -125,11 +125,14 @@ def test_it_rests_as_long_as_its_share_of_the_time_asks_for(service: Service, mo
 def test_another_tuner_is_waited_for(service: Service) -> None:
     capture(service.database, norms(), 4, 4)
     with device_lock([CPU]):
-        service.run(1)
-    assert any("is at work on cpu" in line for line in service.lines)
+        service.run(3)
+    (line,) = service.lines
+    assert "is at work on cpu" in line
+    assert service.sleeps == [budgets.WATCH_LOOK_S] * 3
     assert service.database.winners() == []
     service.sleeps.clear()
     service.run(1)
+    assert service.lines[1] == "autofuse: 1 buckets to tune"
     assert len(service.database.winners()) == 1
 
 

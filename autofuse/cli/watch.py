@@ -50,6 +50,7 @@ def watch(
     passes.
     """
     from autofuse.tuner.budgets import WATCH_LOOK_S
+    from autofuse.tuner.device_lock import device_lock
 
     tuned: set[Bucket] = set()
     given_up: set[Bucket] = set()
@@ -64,10 +65,16 @@ def watch(
             state.say(f"waiting: {why}" if why else "waiting for sites that are not tuned")
             sleep(WATCH_LOOK_S)
             continue
-        begin = time.monotonic()
         batch = [bucket for bucket in pending if bucket in suspects][:1] or pending[: len(devices)]
-        state.say(f"{len(pending)} buckets to tune")
-        right, wrong = _tune(database, devices, batch, effort, seed, state)
+        begin = time.monotonic()
+        try:
+            with device_lock(devices, wait_s=0.0):
+                state.say(f"{len(pending)} buckets to tune")
+                right, wrong = _tune(database, devices, batch, effort, seed, state)
+        except TargetUnavailable as error:  # another tuner has them
+            state.say(f"waiting: {error}")
+            sleep(WATCH_LOOK_S)
+            continue
         tuned |= right
         given_up |= wrong
         suspects = suspects.union(batch) - right - wrong
@@ -96,7 +103,6 @@ def _tune(
     by the failure of one that is not known: each is to be tuned alone.
     """
     from autofuse.cli.progress import outcome
-    from autofuse.tuner.device_lock import device_lock
     from autofuse.tuner.devices import tune_on_devices
     from autofuse.tuner.job import BucketDone
 
@@ -110,19 +116,14 @@ def _tune(
                 state.say(outcome(event))
 
     try:
-        with device_lock(devices, wait_s=0.0):
-            try:
-                tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
-            except DatabaseError:
-                raise
-            except (AutofuseError, MemoryError, RuntimeError) as error:  # the last two as an isolated bench raises them
-                if len(batch) > 1:
-                    state.say(f"stopped; what is not finished is tuned one at a time: {error}")
-                    return right, wrong
-                state.say(f"cannot be tuned, and is not tried again: {error}")
-    except TargetUnavailable as error:  # another tuner
-        state.say(f"waiting: {error}")
-        return right, wrong
+        tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
+    except DatabaseError:
+        raise
+    except (AutofuseError, MemoryError, RuntimeError) as error:  # the last two as an isolated bench raises them
+        if len(batch) > 1:
+            state.say(f"stopped; what is not finished is tuned one at a time: {error}")
+            return right, wrong
+        state.say(f"cannot be tuned, and is not tried again: {error}")
     return right, set(batch) - right
 
 
