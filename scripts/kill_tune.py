@@ -48,6 +48,9 @@ EFFORT = Effort(
 )
 LONGEST_RUN_S = 600.0
 
+DIED = "while this config ran"
+"""In the message of a trial whose process did not live to record what came of it."""
+
 Told = tuple[str, int, str, str, float | None, str]
 """Problem, tokens, config, status, time, and when it was measured: what a committed row must go on saying."""
 
@@ -66,19 +69,30 @@ class Tally:
         for each in told:
             key = each[:3]
             before = self.committed.get(key)
-            if before is not None and before[3] == "ok":
+            if before is not None and before[3] in ("ok", "pruned"):
                 self.repeated += 1
                 print(f"measured again: {before} as {each}", file=sys.stderr)
             self.committed[key] = each
 
     def check(self, path: Path) -> None:
-        """That the database holds all that was committed, as it was, and once."""
+        """That the database holds all that was committed, as it was or as the choice of a winner left it, and once."""
         with TunedDatabase(path) as database:  # for writing: it is looked through for damage
-            rows = {row[:3]: row for row in map(told_of, database.every(Trial))}
-        for key, committed in self.committed.items():
-            if rows.get(key) != committed:
+            trials = {told_of(trial)[:3]: trial for trial in database.every(Trial)}
+        before = dict(self.committed)
+        pruned = {key for key, told in before.items() if told[3] == "pruned"}
+        finalists = [key for key, trial in trials.items() if trial.status == "ok" and not trial.message]
+        contested = {key[:2] for key in finalists if key not in pruned}
+        for key, told in before.items():
+            trial = trials.get(key)
+            if trial is not None and told_of(trial) == told:
+                continue
+            if trial is None or not rewritten_in_the_end(told, trial, contested=key[:2] in contested):
                 self.lost += 1
-                print(f"lost: {committed}, there is {rows.get(key)}", file=sys.stderr)
+                print(f"lost: {told}, there is {trial}", file=sys.stderr)
+            elif DIED in trial.message:
+                del self.committed[key]  # it is to be measured once more
+            else:
+                self.committed[key] = told_of(trial)
         with closing(sqlite3.connect(path)) as connection:
             columns = "target, problem, tokens, config, source_hash"
             query = f"SELECT count(*) FROM (SELECT 1 FROM trials GROUP BY {columns} HAVING count(*) > 1)"
@@ -87,6 +101,20 @@ class Tally:
 
 def told_of(trial: Trial) -> Told:
     return (str(trial.problem), trial.tokens, str(trial.config), trial.status, trial.time_us, trial.measured_at)
+
+
+def rewritten_in_the_end(told: Told, now: Trial, contested: bool) -> bool:
+    """Whether the choice of the winner, which no event tells of, may have made ``now`` of a trial: a finalist failed;
+    or no finalist was left, and what had been pruned was timed to the end.
+
+    Args: contested: whether the bucket has a trial that is right, and was not pruned before.
+    """
+    *_, status, _, measured_at = told
+    if now.measured_at < measured_at:
+        return False
+    if status == "ok":
+        return now.failed and DIED not in now.message  # a finalist is not recorded before it fails
+    return status == "pruned" and not contested
 
 
 def problem(number: int) -> Problem:

@@ -386,6 +386,12 @@ def test_tokens_may_be_a_list() -> None:
         api.parse_tokens([])
 
 
+def test_a_problem_that_is_named_twice_is_tuned_once() -> None:
+    named = [str(norms()), str(norms()), str(norms(104))]
+    found = [(bucket.problem, bucket.tokens) for bucket in api.problem_buckets(named, [1, 64])]
+    assert found == [(norms(), 1), (norms(), 64), (norms(104), 1), (norms(104), 64)]
+
+
 def test_a_model_gives_its_problems_at_each_t() -> None:
     buckets = api.model_buckets("deepseek-v3", [1, 64], "fp16", ["mla_dual_rms_norm"])
     assert [(str(bucket.problem["dtype"]), bucket.tokens) for bucket in buckets] == [("fp16", 1), ("fp16", 64)]

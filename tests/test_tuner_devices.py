@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -161,16 +163,28 @@ def test_another_tuner_on_the_device_is_named_and_not_waited_for_longer_than_ask
     holder: subprocess.Popen[str],
 ) -> None:
     said: list[str] = []
+    who = f"process {holder.pid} on {platform.node()}"
     for wait_s in (0.0, 0.6):
         with (
-            pytest.raises(
-                TargetUnavailable, match=rf"another autofuse tune \(process {holder.pid}\) is at work on cpu"
-            ),
+            pytest.raises(TargetUnavailable, match=re.escape(f"another autofuse tune ({who}) is at work on cpu")),
             device_lock([CPU], wait_s=wait_s, on_wait=said.append),
         ):
             pytest.fail("it is held")
     (line,) = said
     assert line.endswith("waiting for it")
+
+
+def test_a_cpu_is_its_hosts_where_several_share_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(host: str) -> Path:
+        monkeypatch.setattr(platform, "node", lambda: host)
+        return lock_path(CPU)
+
+    assert on("../a node.example").name == "cpu-___a_node_example.lock"
+    assert on("two").parent == on("one").parent
+    with device_lock([CPU], wait_s=0.0):
+        on("two")
+        with device_lock([CPU], wait_s=0.0):
+            pass
 
 
 def test_the_system_lets_go_of_what_a_killed_tuner_held(holder: subprocess.Popen[str]) -> None:

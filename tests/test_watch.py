@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -25,9 +26,10 @@ from autofuse.cache_db.records import TIME_FORMAT
 from autofuse.cli import watch as watch_module
 from autofuse.cli.app import run
 from autofuse.cli.watch import watch
+from autofuse.errors import DatabaseError
 from autofuse.ops import Problem, get_op
 from autofuse.targets import target_of
-from autofuse.tuner import api, budgets, idleness
+from autofuse.tuner import api, budgets, devices, idleness, job
 from autofuse.tuner.budgets import GUESSED_PACE, Effort
 from autofuse.tuner.device_lock import device_lock
 from autofuse.tuner.forecast import Forecast, forecast, paces
@@ -52,12 +54,13 @@ class Service:
         self.database, self.effort = database, effort
         self.sleeps: list[float] = []
         self.lines: list[str] = []
+        self.devices = [CPU]
         self.others: list[str | None] = []
         self.on_sleep: Callable[[], None] = lambda: None
         monkeypatch.setattr(watch_module, "_others", lambda devices: self.others.pop(0) if self.others else None)
         monkeypatch.setattr(watch_module, "typer", SimpleNamespace(echo=lambda line, err: self.lines.append(line)))
 
-    def run(self, naps: int, duty: float = 0.5) -> None:
+    def run(self, naps: int, duty: float = 0.5, ends_by: type[BaseException] = KeyboardInterrupt) -> None:
         def sites() -> dict[Captured, list[Bucket]]:
             return {site: api.captured_buckets(site) for site in self.database.captured()}
 
@@ -67,8 +70,8 @@ class Service:
             if len(self.sleeps) == naps:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            watch(self.database, [CPU], sites, self.effort, 0, duty, sleep=sleep)
+        with pytest.raises(ends_by):
+            watch(self.database, self.devices, sites, self.effort, 0, duty, sleep=sleep)
 
 
 @pytest.fixture
@@ -122,16 +125,20 @@ def test_it_rests_as_long_as_its_share_of_the_time_asks_for(service: Service, mo
 def test_another_tuner_is_waited_for(service: Service) -> None:
     capture(service.database, norms(), 4, 4)
     with device_lock([CPU]):
-        service.run(1)
-    assert any("is at work on cpu" in line for line in service.lines)
+        service.run(3)
+    (line,) = service.lines
+    assert "is at work on cpu" in line
+    assert service.sleeps == [budgets.WATCH_LOOK_S] * 3
     assert service.database.winners() == []
     service.sleeps.clear()
     service.run(1)
+    assert service.lines[1] == "autofuse: 1 buckets to tune"
     assert len(service.database.winners()) == 1
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 def test_what_cannot_be_tuned_is_said_and_left_and_the_rest_is_tuned(
-    service: Service, edit_kernels: Callable[[str, str, str], None]
+    devices: int, service: Service, edit_kernels: Callable[[str, str, str], None]
 ) -> None:
     edit_kernels("mla_dual_rms_norm.cpp", "struct Params", "#if WIDTH_A == 232\n#error no\n#endif\nstruct Params")
     spec = NORMS.spec("cpu", norms(232), NORMS.default_config("cpu", norms(232), 4))
@@ -139,10 +146,68 @@ def test_what_cannot_be_tuned_is_said_and_left_and_the_rest_is_tuned(
     edit_kernels("mla_dual_rms_norm.cpp", "WIDTH_A == 232", f"{name} == 232")
     for width in (232, 248):
         capture(service.database, norms(width), 4, 4)
+    service.devices = [CPU] * devices
     service.run(4)
     assert [winner.problem for winner in service.database.winners()] == [norms(248)]
     assert [site.problem for site in service.database.captured()] == [norms(232)]
     assert sum("is not tried again" in line for line in service.lines) == 1
+
+
+def failing_to_open(monkeypatch: pytest.MonkeyPatch, problem: Problem, error: Exception) -> None:
+    opens = job.IsolatedBench.open
+
+    def opened(bench: Any, which: Problem, *arguments: Any) -> None:
+        if which == problem:
+            raise error
+        opens(bench, which, *arguments)
+
+    monkeypatch.setattr(job.IsolatedBench, "open", opened)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("DefaultCPUAllocator:\n  can't allocate memory"), RuntimeError("KeyError: 'x'")]
+)
+def test_what_does_not_fit_or_fails_in_the_worker_is_left_and_the_rest_is_tuned(
+    error: Exception, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_to_open(monkeypatch, norms(), error)
+    for problem in (norms(), norms(104)):
+        capture(service.database, problem, 4, 4)
+    service.run(4)
+    assert [winner.problem for winner in service.database.winners()] == [norms(104)]
+    assert [site.problem for site in service.database.captured()] == [norms()]
+    (line,) = [line for line in service.lines if "is not tried again" in line]
+    assert line.endswith(" ".join(str(error).split()))
+
+
+def test_where_one_of_several_fails_the_unfinished_are_tuned_one_at_a_time(
+    service: Service, tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+
+    def in_turn(batch: Sequence[Bucket], on: object, database: TunedDatabase, effort: Effort, **options: Any) -> None:
+        batches.append([bucket.problem["q_lora_rank"] for bucket in batch])
+        tune_buckets(batch, CPU, database, effort, **options)
+
+    monkeypatch.setattr(devices, "tune_on_devices", in_turn)
+    failing_to_open(monkeypatch, norms(104), MemoryError("can't allocate memory"))
+    for width in (104, 112, 120, 128):
+        capture(service.database, norms(width), 4, 4)
+    service.devices = [CPU] * 2
+    service.run(5)
+    assert batches == [[104, 112], [104], [112], [120, 128]]
+    assert [site.problem for site in service.database.captured()] == [norms(104)]
+    assert sum("is not tried again" in line for line in service.lines) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DatabaseError("it cannot be written")])
+def test_what_is_no_buckets_fault_ends_the_service(
+    error: Exception, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_to_open(monkeypatch, norms(), error)
+    capture(service.database, norms(), 4, 4)
+    service.run(1, ends_by=type(error))
+    assert not any("is not tried again" in line for line in service.lines)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -240,7 +305,9 @@ def test_exclusive_refuses_a_device_that_another_tuner_has(capsys: pytest.Captur
     with device_lock([CPU]):
         assert run(TUNE) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"autofuse: error: another autofuse tune (process {os.getpid()}) is at work on cpu")
+    assert line.startswith(
+        f"autofuse: error: another autofuse tune (process {os.getpid()} on {platform.node()}) is at work on cpu"
+    )
 
 
 # What would be done

@@ -268,7 +268,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _buckets(problems: Iterable[Problem], tokens: Sequence[int]) -> list[Bucket]:
-    return [Bucket(problem, count) for problem in problems for count in tokens]
+    """Each once: two devices must not tune the same one."""
+    return list(dict.fromkeys(Bucket(problem, count) for problem in problems for count in tokens))
 
 
 def _name_of(model: Any) -> str:

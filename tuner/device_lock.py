@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,9 @@ _LOOK_EVERY_S = 0.5
 
 def lock_path(device: torch.device) -> Path:
     """The file that whoever tunes on ``device`` has locked: in the cache folder, by the GPU's own name, so that numbers
-    that CUDA_VISIBLE_DEVICES changes do not matter.
+    that CUDA_VISIBLE_DEVICES changes do not matter; a CPU's by its host's, as a home may be shared by several.
     """
-    name = str(device.type)
+    name = f"{device.type}-{platform.node()}"
     if device.type == "cuda":
         name = f"gpu-{torch.cuda.get_device_properties(device).uuid}"
     return cache_folder() / "locks" / f"{re.sub(r'[^A-Za-z0-9-]', '_', name)}.lock"
@@ -74,7 +75,7 @@ def _locked(path: Path, device: torch.device, end: float | None, on_wait: Callab
             raise TargetUnavailable(f"{who}: try again when that has finished") from None
     try:
         with suppress(OSError):  # for messages only
-            holder.write_text(f"process {os.getpid()}", encoding="utf-8")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         lock.release()

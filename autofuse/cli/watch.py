@@ -37,7 +37,8 @@ def watch(
     """Tunes captured sites on ``devices`` for as long as it is let.
 
     As many buckets at a time as there are devices, and only while nobody else uses these; after each it rests so long
-    that ``duty`` of the time is spent tuning. What cannot be tuned is not tried again until the service is restarted.
+    that ``duty`` of the time is spent tuning. Where one of several fails, those that it kept from being finished are
+    tuned one at a time. What cannot be tuned is not tried again until the service is restarted.
     Lines go to standard error, without a time: the journal has its own.
 
     Args:
@@ -45,12 +46,15 @@ def watch(
         duty: above 0 and up to 1.
         sleep: waits so many seconds.
 
-    Raises DatabaseError, for whoever started the service to see; a signal's exception passes.
+    Raises DatabaseError, and OSError for a full disk, for whoever started the service to see; a signal's exception
+    passes.
     """
     from autofuse.tuner.budgets import WATCH_LOOK_S
+    from autofuse.tuner.device_lock import device_lock
 
     tuned: set[Bucket] = set()
     given_up: set[Bucket] = set()
+    suspects: set[Bucket] = set()  # one of them, or several, cannot be tuned
     state = _State()
     _tell_systemd("READY=1")
     while True:
@@ -61,12 +65,19 @@ def watch(
             state.say(f"waiting: {why}" if why else "waiting for sites that are not tuned")
             sleep(WATCH_LOOK_S)
             continue
+        batch = [bucket for bucket in pending if bucket in suspects][:1] or pending[: len(devices)]
         begin = time.monotonic()
-        batch = pending[: len(devices)]
-        state.say(f"{len(pending)} buckets to tune")
-        right, wrong = _tune(database, devices, batch, effort, seed, state)
+        try:
+            with device_lock(devices, wait_s=0.0):
+                state.say(f"{len(pending)} buckets to tune")
+                right, wrong = _tune(database, devices, batch, effort, seed, state)
+        except TargetUnavailable as error:  # another tuner has them
+            state.say(f"waiting: {error}")
+            sleep(WATCH_LOOK_S)
+            continue
         tuned |= right
         given_up |= wrong
+        suspects = suspects.union(batch) - right - wrong
         for site, buckets in wanted.items():
             if tuned.issuperset(buckets):
                 database.forget_captured(site)
@@ -88,33 +99,32 @@ def _tune(
     seed: int,
     state: _State,
 ) -> tuple[set[Bucket], set[Bucket]]:
-    """Tunes ``batch``. Returns what of it is tuned, and what is not to be tried again."""
+    """Tunes ``batch``. Returns what of it is tuned, and what is not to be tried again. What is in neither was stopped
+    by the failure of one that is not known: each is to be tuned alone.
+    """
     from autofuse.cli.progress import outcome
-    from autofuse.tuner.device_lock import device_lock
     from autofuse.tuner.devices import tune_on_devices
     from autofuse.tuner.job import BucketDone
 
     right: set[Bucket] = set()
+    wrong: set[Bucket] = set()
 
     def observe(event: Event) -> None:
         if isinstance(event, BucketDone):
-            if event.winner is not None:
-                right.add(event.bucket)
+            (wrong if event.winner is None else right).add(event.bucket)
             if event.measured or event.winner is None:
                 state.say(outcome(event))
 
     try:
-        with device_lock(devices, wait_s=0.0):
-            try:
-                tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
-            except DatabaseError:
-                raise
-            except AutofuseError as error:
-                state.say(f"cannot be tuned, and is not tried again: {error}")
-    except TargetUnavailable as error:  # another tuner
-        state.say(f"waiting: {error}")
-        return right, set()
-    return right, {bucket for bucket in batch if bucket not in right}
+        tune_on_devices(batch, devices, database, effort, seed=seed, on_event=observe)
+    except DatabaseError:
+        raise
+    except (AutofuseError, MemoryError, RuntimeError) as error:  # the last two as an isolated bench raises them
+        if len(batch) > 1:
+            state.say(f"stopped; what is not finished is tuned one at a time: {error}")
+            return right, wrong
+        state.say(f"cannot be tuned, and is not tried again: {error}")
+    return right, set(batch) - right
 
 
 class _State:
@@ -125,7 +135,7 @@ class _State:
 
     def say(self, line: str) -> None:
         if line != self._last:
-            typer.echo(f"autofuse: {line}", err=True)
+            typer.echo(f"autofuse: {' '.join(line.split())}", err=True)
         self._last = line
 
 
