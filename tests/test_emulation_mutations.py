@@ -188,7 +188,12 @@ MUTATIONS += [
         ("rows past the end are read", "left < CHUNK ? left : CHUNK", "CHUNK", OFF),
         ("rotated queries are in nope's place", "* Q_ROW + NOPE + at", "* Q_ROW + at", OFF),
         ("q_pe is read with k_pe's stride", "token * p.q_pe_token", "token * p.k_pe_token", OFF),
-        ("blocks overlap by a unit", "blockIdx.x * PER_BLOCK", "blockIdx.x * (PER_BLOCK - 1)", OFF),
+        (
+            "blocks overlap by a unit",
+            "(unsigned long long)block * PER",
+            "(unsigned long long)block * (PER_BLOCK - 1); //",
+            OFF,
+        ),
     )
 ]
 MUTATIONS += [

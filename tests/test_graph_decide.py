@@ -347,6 +347,7 @@ def test_levels_switch_on_what_they_should(level):
         "fuse_rope_kvcache": 2,
         "fuse_rope_kvcache_cat_mla": 2,
         "fuse_attn_quant": 3,
+        "fuse_mla_q_absorb": 3,
     }
     on = {fusion.name: settings.switched_on(fusion)[0] for fusion in FUSIONS}
     assert on == {name: int(level[1]) >= from_level[name] for name in on}

@@ -10,7 +10,7 @@ import torch
 import vllm_standins  # noqa: F401 (registers vLLM's operators)
 from models import MlaLatents, decoder, isolate, static_cache, without_code_generation
 from rope_dialects import vllm_neox
-from rope_layers import Gqa, Mla, by_head, flat, mla_flat, paged, rotate_in_place
+from rope_layers import LATENT, ROPE, Gqa, Mla, by_head, flat, mla_flat, paged, rotate_in_place
 from test_graph_fuse_norm_quant import FORMAT_NAMES, FORMATS, NormedLinear, QuantisedLatents
 from torch import nn
 from torch._guards import detect_fake_mode
@@ -106,7 +106,9 @@ def rows(model, *others):
 
 def mla_rows():
     slots = torch.randperm(32)[:6]
-    return rows(Mla(rotate_in_place(vllm_neox), mla_flat), torch.randn(4, 8, 48, dtype=torch.bfloat16), slots)
+    return rows(
+        Mla(rotate_in_place(vllm_neox), mla_flat), torch.randn(4, 8, LATENT + ROPE, dtype=torch.bfloat16), slots
+    )
 
 
 def latents():

@@ -77,7 +77,7 @@ def test_what_is_checked_is_unlike_what_a_model_makes() -> None:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault of a kernel source: the op's own, unless another file is named."""
+    """A fault of a kernel source: the one of SOURCES, unless another file is named."""
 
     name: str
     problem: Problem
@@ -88,6 +88,7 @@ class Mutation:
 
 
 NORM_ROW = "rms_norm.h"
+SOURCES = {NORMS.name: "mla_dual_rms_norm.cpp", ROPE.name: "mla_rope.h"}
 AT = "slot / cache.block_size * cache.block + slot % cache.block_size * cache.row"
 LAST = "slot < int64_t(cache.blocks) * cache.block_size"
 MUTATIONS = [
@@ -121,7 +122,7 @@ def test_a_wrong_kernel_is_caught(
     mutation: Mutation, edit_kernels: Callable[[str, str, str], None], tiny: Effort
 ) -> None:
     op = get_op(mutation.problem.op)
-    edit_kernels(mutation.file or op.kernel_source("cpu").file, mutation.old, mutation.new)
+    edit_kernels(mutation.file or SOURCES[op.name], mutation.old, mutation.new)
     with pytest.raises(WrongResult, match=r"times the tolerance|was changed|beside an input"):
         verify(op, mutation.problem, mutation.tokens, kernel(op, mutation.problem, CPU), CPU, tiny)
 
