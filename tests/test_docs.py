@@ -125,4 +125,4 @@ def test_the_page_on_tuning_names_every_preset_and_only_options_that_there_are()
     assert re.findall(r"`([^`]+)`", presets) == list(PRESETS)
     command = get_command(app).commands["tune"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
-    assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--kills"} <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--kills", "--record", "--most"} <= known
