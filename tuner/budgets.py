@@ -132,13 +132,13 @@ class Effort:
     """How much work one bucket may cost.
 
     Attributes:
-        exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones by TPE.
-        trials: configs measured per bucket by TPE, those already in the database included.
+        exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones are searched.
+        trials: configs measured per bucket by a search at most, those already in the database included.
+        fewest_trials: so many at least, before a search may end for what it expects.
+        settled: it ends when no config is expected to be faster than the best by this share.
         priors: winners of other buckets, problems and devices that are tried before anything else.
-        startup_trials: of these, drawn at random before TPE has a model.
-        refinement: of these, the share at the end that goes to neighbours of the best.
-        batch: configs that TPE proposes at once, so that they compile side by side.
-        asks_per_trial: proposals that may miss the space's constraints, or repeat, for one that counts.
+        startup_trials: of these, before a model proposes any: what is tried first, and the rest at random.
+        batch: configs that are proposed at once, so that they compile side by side.
         race_margin: a config that takes so many times as long as the best before it is not timed to the end.
         race_pairs: rounds of both, side by side, that must all say so.
         trial_rounds: timed rounds per config that is.
@@ -160,12 +160,12 @@ class Effort:
     """
 
     exhaustive_up_to: int = 64
-    trials: int = 96
+    trials: int = 64
+    fewest_trials: int = 32
+    settled: float = 0.0003
     priors: int = 4
-    startup_trials: int = 24
-    refinement: float = 1 / 3
-    batch: int = 8
-    asks_per_trial: int = 40
+    startup_trials: int = 6
+    batch: int = 4
     race_margin: float = 1.1
     race_pairs: int = 2
     trial_rounds: int = 7
@@ -184,7 +184,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(exhaustive_up_to=32, trials=32, startup_trials=12, trial_rounds=5, final_rounds=15),
+    "quick": Effort(exhaustive_up_to=24, trials=24, fewest_trials=16, settled=0.003, trial_rounds=5, final_rounds=15),
     "default": Effort(),
     "exhaustive": Effort(exhaustive_up_to=100_000),
 }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 
 import optuna
 
 from autofuse.ops import Config, Problem, SearchSpace
 from autofuse.tuner.budgets import Effort
+from autofuse.tuner.sampler import ConfigSampler
 
-__all__ = ["ExhaustiveSearch", "Search", "TpeSearch", "search_for"]
+__all__ = ["ExhaustiveSearch", "ModelSearch", "Search", "search_for"]
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn whenever TPE has too few trials for a model
-logger = logging.getLogger("autofuse.tuner")
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would tell of every trial
 
 
 class Search:
@@ -52,13 +49,12 @@ class ExhaustiveSearch(Search):
         pass
 
 
-class TpeSearch(Search):
-    """optuna's tree-structured Parzen estimator over the tunables, then the neighbours of the best that it found.
+class ModelSearch(Search):
+    """A Gaussian process learns which configs are fast, and proposes what is expected to gain most; see
+    ``ConfigSampler``. It ends after the effort's trials, or when nothing is expected to gain anything any more.
 
-    TPE draws each tunable by how often its values were good, which finds the right region soon, and then seldom the
-    one change that is left: on the H200 it missed the best by 4 to 6 % in large spaces. So the last trials are local
-    search. What the database knows already is told to it first, so an interrupted search goes on where it was. The
-    same seed and the same times give the same proposals.
+    What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed
+    and the same times give the same proposals.
 
     Args:
         known: config → µs, or None if it failed.
@@ -78,107 +74,60 @@ class TpeSearch(Search):
         seed: int,
         wanted: Sequence[Config] = (),
     ) -> None:
-        self._space = space
-        self._problem = problem
-        self._tokens = tokens
         self._effort = effort
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            tunable.name: optuna.distributions.CategoricalDistribution(tunable.values) for tunable in space.tunables
-        }
-        sampler = optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=effort.startup_trials,
-            multivariate=True,
-            constant_liar=True,
-        )
-        self._study = optuna.create_study(sampler=sampler)
-        self._seen = set(known)
-        self._times = {config: time_us for config, time_us in known.items() if time_us is not None}
-        self._configs = list(space.configs(problem, tokens))
-        self._random = random.Random(seed)
-        self._asked: dict[Config, optuna.trial.Trial] = {}  # TPE's own proposals
+        configs = list(space.configs(problem, tokens))
+        allowed = set(configs)
+        self._sampler = ConfigSampler(configs, effort.startup_trials, seed)
+        self._study = optuna.create_study(sampler=self._sampler)
+        self._asked: dict[Config, optuna.trial.Trial] = {}
         for config, time_us in known.items():
-            if not self._refused(config):
+            if config in allowed:
                 self._study.add_trial(self._told(config, time_us))
-        self._first = [
-            config for config in dict.fromkeys(first) if config not in self._seen and not self._refused(config)
-        ]
-        left = sum(config not in self._seen for config in self._configs)
-        trials = max(effort.trials - len(self._seen), sum(config in self._first for config in wanted))
+        first = [config for config in dict.fromkeys(first) if config in allowed and config not in known]
+        for config in first:
+            self._study.enqueue_trial(dict(config))
+        self._first = len(first)
+        left = sum(config not in known for config in configs)
+        trials = max(effort.trials - len(known), sum(config in first for config in wanted))
+        self._known = len(known)
         self.total = max(min(trials, left), 0)
 
-    def _refused(self, config: Config) -> bool:
-        return self._space.refusal(config, self._problem, self._tokens) is not None
-
     def batches(self) -> Iterator[list[Config]]:
-        left = self.total
-        while left > 0:
-            batch = [config for _ in range(min(self._effort.batch, left)) if (config := self._ask())]
+        proposed = 0
+        while proposed < self.total:
+            batch: list[Config] = []
+            for _ in range(min(self._effort.batch, self.total - proposed)):
+                trial = self._study.ask(self._sampler.distributions)
+                if proposed >= self._first and self._is_settled(proposed):
+                    self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                    break
+                config = Config.of(trial.params)
+                self._asked[config] = trial
+                batch.append(config)
+                proposed += 1
             if not batch:
                 return
-            left -= len(batch)
             yield batch
 
     def tell(self, config: Config, time_us: float | None) -> None:
-        if time_us is not None:
-            self._times[config] = time_us
-        if (trial := self._asked.pop(config, None)) is None:
-            self._study.add_trial(self._told(config, time_us))
-        elif time_us is None:
+        trial = self._asked.pop(config)
+        if time_us is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, time_us)
 
     def _told(self, config: Config, time_us: float | None) -> optuna.trial.FrozenTrial:
-        """A finished trial that TPE did not propose."""
+        """A finished trial that was not asked for."""
         return optuna.trial.create_trial(
             params=dict(config),
-            distributions=self._distributions,
+            distributions=self._sampler.distributions,
             value=time_us,
             state=optuna.trial.TrialState.COMPLETE if time_us is not None else optuna.trial.TrialState.FAIL,
         )
 
-    def _ask(self) -> Config | None:
-        """A new config; None if there are no more."""
-        config = self._first.pop(0) if self._first else None
-        if config is None and len(self._seen) >= self._effort.trials * (1 - self._effort.refinement):
-            config = self._near_the_best()
-        config = config or self._proposed() or self._any()
-        if config:
-            self._seen.add(config)
-        return config
-
-    def _proposed(self) -> Config | None:
-        """TPE's; None where it insists on what is known."""
-        for _ in range(self._effort.asks_per_trial):
-            trial = self._study.ask(self._distributions)
-            config = Config.of(trial.params)
-            if config not in self._seen and not self._refused(config):
-                self._asked[config] = trial
-                return config
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return None
-
-    def _any(self) -> Config | None:
-        left = [config for config in self._configs if config not in self._seen]
-        return self._random.choice(left) if left else None
-
-    def _near_the_best(self) -> Config | None:
-        """A new config that differs in one tunable from one of the best; in two, if those are all known."""
-        best = sorted(self._times, key=self._times.__getitem__)[: self._effort.finalists]
-        for changes in (1, 2):
-            near = [config for each in best for config in self._neighbours(each, changes)]
-            if near:
-                return self._random.choice(near)
-        return None
-
-    def _neighbours(self, config: Config, changes: int) -> Iterator[Config]:
-        for tunables in itertools.combinations(self._space.tunables, changes):
-            for values in itertools.product(*(tunable.values for tunable in tunables)):
-                changed = {tunable.name: value for tunable, value in zip(tunables, values, strict=True)}
-                near = Config.of(config, **changed)
-                if near not in self._seen and not self._refused(near):
-                    yield near
+    def _is_settled(self, proposed: int) -> bool:
+        enough = self._known + proposed >= self._effort.fewest_trials
+        return enough and self._sampler.expected_gain < self._effort.settled
 
 
 def search_for(
@@ -191,8 +140,8 @@ def search_for(
     seed: int,
     wanted: Sequence[Config] = (),
 ) -> Search:
-    """Exhaustive where the space is small enough, TPE otherwise. Arguments as for TpeSearch."""
+    """Exhaustive where the space is small enough, by a model otherwise. Arguments as for ModelSearch."""
     configs = list(space.configs(problem, tokens))
     if len(configs) <= effort.exhaustive_up_to:
         return ExhaustiveSearch(configs, known, effort.batch)
-    return TpeSearch(space, problem, tokens, known, first, effort, seed, wanted)
+    return ModelSearch(space, problem, tokens, known, first, effort, seed, wanted)

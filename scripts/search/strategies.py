@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from autofuse.ops import Config
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.search import TpeSearch
+from autofuse.tuner.search import ModelSearch
 from search.recorded import Recorded
 
 __all__ = ["OPTUNA", "SIMPLE", "Strategy"]
@@ -34,8 +34,8 @@ def without_default(recorded: Recorded, trials: int, seed: int) -> Iterator[Conf
 
 
 def _ours(recorded: Recorded, trials: int, seed: int, first: list[Config]) -> Iterator[Config]:
-    effort = replace(Effort(), trials=trials)
-    search = TpeSearch(recorded.space, recorded.problem, recorded.tokens, {}, first, effort, seed)
+    effort = replace(Effort(), trials=trials, settled=0.0)
+    search = ModelSearch(recorded.space, recorded.problem, recorded.tokens, {}, first, effort, seed)
     for batch in search.batches():
         for config in batch:
             yield config
