@@ -182,6 +182,17 @@ def test_the_steadiest_measurement_counts(database: TunedDatabase, tiny: Effort,
     assert checked.now.gain_high / checked.now.gain_low < 1.1
 
 
+def test_unsteady_times_agree_with_anything_and_change_nothing(
+    database: TunedDatabase, tiny: Effort, bench: type[FakeBench]
+) -> None:
+    before = put(database, standing="trusted")
+    bench.noise = [1.5]
+    checked = check(database, tiny)
+    assert (checked.verdict, checked.status) == ("unchecked", "")
+    assert "the times are unsteady" in checked.message
+    assert (database.winners(), database.every(Trial), database.captured()) == ([before], [], [])
+
+
 @pytest.mark.parametrize("status", ["wrong", "crashed", "launch_error", "timed_out"])
 def test_what_fails_is_no_winner_any_more_nor_again(
     database: TunedDatabase, tiny: Effort, bench: type[FakeBench], tmp_path: Path, status: str

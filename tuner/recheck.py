@@ -42,7 +42,8 @@ class Checked:
     Attributes:
         before: as it was recorded.
         verdict: ``agrees``: the config is right and the gain is as recorded; ``disputed``: it is right, and the gain is
-            another; ``failed``: it does not compile, or run, or is wrong; ``unchecked``: that could not be found out.
+            another; ``failed``: it does not compile, or run, or is wrong; ``unchecked``: that could not be found out,
+            for memory that others hold, a baseline that fails, or unsteady times, which would agree with anything.
         now: as it was measured; None unless it was.
         status: one of ``TRIAL_STATUSES``; "" where the config is none of the op's.
         message: what failed.
@@ -137,6 +138,11 @@ class _Recheck:
             # Memory that others hold is not the config's fault, nor is a baseline that fails.
             known = failed.subject == winner.config and failed.status != "out_of_memory"
             return Checked(winner, "failed" if known else "unchecked", status=failed.status, message=str(failed))
+        if measured.width > self._effort.steady_interval:
+            message = (
+                f"the times are unsteady: the gain's interval is {measured.gain.low:.2f} to {measured.gain.high:.2f}"
+            )
+            return Checked(winner, "unchecked", message=message, disturbances=measured.disturbances)
         return self._compared(winner, error, measured)
 
     def _compared(self, winner: Winner, error: float, measured: _Measured) -> Checked:

@@ -14,6 +14,7 @@ from autofuse.cache_db import TunedDatabase, Winner, is_stale
 from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, DeviceOption, JsonOption, OpOption, checked_op
 from autofuse.cli.output import console, gain, microseconds, print_json, print_table
+from autofuse.ops import Problem
 from autofuse.targets import parse_device, target_of
 
 if TYPE_CHECKING:
@@ -78,14 +79,19 @@ def verify(
 
 
 def _print(done: Sequence[Checked], stale: int, where: str) -> None:
-    if done:
-        columns = ["problem", ">T", "verdict", ">µs", ">gain [95 %]", ">recorded µs", ">recorded gain", "config", ""]
-        print_table(f"Winners of {where}", columns, [_row(checked) for checked in done])
+    groups: dict[Problem, list[Checked]] = {}
+    for checked in done:
+        groups.setdefault(checked.before.problem, []).append(checked)
+    for problem, group in groups.items():
+        columns = [">T", "verdict", ">µs", ">gain [95 %]", ">recorded µs", ">recorded gain", "config", "note"]
+        print_table(str(problem), columns, [_row(checked) for checked in group])
     counts = Counter(checked.verdict for checked in done)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in dict.fromkeys(c.verdict for c in done))
-    typer.echo(told or f"There is nothing to check for {where}.")
+    typer.echo(f"{told} of {where}" if told else f"There is nothing to check of {where}.")
     if stale:
         typer.echo(f"{stale} stale winners were left out: `autofuse tune` measures them anew.")
+    if counts["unchecked"]:
+        typer.echo("What is unchecked stays as it was: `autofuse verify` again, on an idle machine.")
     if counts["disputed"] or counts["failed"]:
         typer.echo("`autofuse tune --captured` tunes what was disputed, or failed, again.")
 
@@ -95,7 +101,7 @@ def _row(checked: Checked) -> list[object]:
     figures = ["–", "–"] if now is None else [microseconds(now.time_us), gain(now)]
     recorded = [microseconds(before.time_us), gain(before)]
     note = "; ".join(filter(None, (checked.status, checked.message, *checked.disturbances)))
-    return [before.problem, before.tokens, checked.verdict, *figures, *recorded, before.config, note]
+    return [before.tokens, checked.verdict, *figures, *recorded, before.config, note]
 
 
 def _line(checked: Checked) -> str:
