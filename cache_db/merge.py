@@ -62,6 +62,7 @@ def merge_contents(contents: Sequence[Content]) -> tuple[Content, list[Settled]]
             settled[_text(dropped)] = Settled(None, dropped, _REASONS[place])
     kept = {key: record for key, record in best.items() if isinstance(record, Winner)}
     told = [Settled(kept.get(_key(each.dropped)), each.dropped, each.why) for each in settled.values()]
+    told.sort(key=lambda each: (*key_of(each.dropped).values(), _text(each.dropped)))
     return _content(best.values(), contents), told
 
 

@@ -43,6 +43,7 @@ class FakeBench:
     times_us: dict[str, float]
     failure: CandidateFailed | None
     noise: list[float]
+    disturbances: tuple[str, ...] = ()
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self.compared = 0
@@ -71,7 +72,7 @@ class FakeBench:
             time_us = self.times_us[subject if isinstance(subject, str) else "config"]
             wobble = (spread if isinstance(subject, str) else 0.0) / rounds
             timings.append(Timing(tuple(time_us * (1 + wobble * (each - rounds / 2)) for each in range(rounds))))
-        return Comparison(tuple(timings))
+        return Comparison(tuple(timings), self.disturbances)
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> type[FakeBench]:
     monkeypatch.setattr(FakeBench, "times_us", {"eager": 40.0, "compile": 20.0, "config": 10.0}, raising=False)
     monkeypatch.setattr(FakeBench, "failure", None, raising=False)
     monkeypatch.setattr(FakeBench, "noise", [0.02], raising=False)
+    monkeypatch.setattr(FakeBench, "disturbances", ())
     monkeypatch.setattr(module, "IsolatedBench", FakeBench)
     return FakeBench
 
@@ -191,6 +193,20 @@ def test_unsteady_times_agree_with_anything_and_change_nothing(
     assert (checked.verdict, checked.status) == ("unchecked", "")
     assert "the times are unsteady" in checked.message
     assert (database.winners(), database.every(Trial), database.captured()) == ([before], [], [])
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(4.0, "unchecked"), (2.0, "agrees")])
+def test_while_other_work_goes_on_a_gain_can_agree_but_not_be_disputed(
+    database: TunedDatabase, tiny: Effort, bench: type[FakeBench], gain: float, verdict: str
+) -> None:
+    before = put(database, standing="trusted", gain=gain, gain_low=gain - 0.05, gain_high=gain + 0.05)
+    bench.disturbances = ("other work on the CPU",)
+    checked = check(database, tiny)
+    assert (checked.verdict, checked.disturbances) == (verdict, ("other work on the CPU",))
+    (now,) = database.winners()
+    assert (now == before) == (verdict == "unchecked")
+    if now != before:
+        assert database.provenance(now.provenance)["disturbances"] == "other work on the CPU"
 
 
 @pytest.mark.parametrize("status", ["wrong", "crashed", "launch_error", "timed_out"])

@@ -43,7 +43,8 @@ class Checked:
         before: as it was recorded.
         verdict: ``agrees``: the config is right and the gain is as recorded; ``disputed``: it is right, and the gain is
             another; ``failed``: it does not compile, or run, or is wrong; ``unchecked``: that could not be found out,
-            for memory that others hold, a baseline that fails, or unsteady times, which would agree with anything.
+            for memory that others hold, a baseline that fails, unsteady times, which would agree with anything, or a
+            gain that is another while other work went on.
         now: as it was measured; None unless it was.
         status: one of ``TRIAL_STATUSES``; "" where the config is none of the op's.
         message: what failed.
@@ -170,6 +171,8 @@ class _Recheck:
         if agrees(winner, now):
             if winner.standing == "own" and not self._in_doubt(winner):
                 return Checked(winner, "agrees", now, disturbances=measured.disturbances)
+        elif measured.disturbances:
+            return Checked(winner, "unchecked", now, "", "it may be for what went on meanwhile", measured.disturbances)
         else:
             now = replace(now, standing="disputed")
         with self._database.transaction():
