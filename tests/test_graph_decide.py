@@ -21,7 +21,9 @@ from autofuse.graph import decide as decide_module
 from autofuse.graph import notice
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.decide import ANY_TOKENS, token_range
+from autofuse.graph.evidence import read_shared, read_tuned
 from autofuse.graph.fusions import FUSIONS
+from autofuse.graph.ranks import Shared
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport
 from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import LEVELS, Settings
@@ -219,6 +221,19 @@ def test_where_the_user_allows_it_the_config_of_another_gpu_runs(monkeypatch):
     decision = on_h200(monkeypatch, FUSED, (winner(64, 0.5, target=H100), CONFIG))
     assert (decision.rule, decision.plan.buckets, decision.saved_us) == ("same_arch", ((64, CONFIG),), None)
     assert "autofuse.untuned is 'fuse': its config" in decision.reason
+
+
+def test_ranks_share_what_another_gpu_lends():
+    lent, own = winner(64, 3.0, target=H100), winner(64, 2.0, target=H200)
+    tuned(lent)
+    shared = Shared.decode(read_shared(default_path(), H200).encode())
+    assert shared.snapshot(default_path(), H200).lookup(PROBLEM, 64, 64, lent.source_hash).elsewhere == (
+        *TunedDatabase(default_path(), read_only=True).winners(),
+    )
+    tuned(own)
+    newer = shared.with_newer(read_tuned(default_path(), H200, PROBLEM))
+    assert [known.target for known in newer.layers[0].winners] == [H100, H200]
+    assert newer.snapshot(default_path(), H200).lookup(PROBLEM, 64, 64, own.source_hash).rule == "exact"
 
 
 def test_a_config_of_another_gpu_that_is_none_here_or_failed_here_does_not_run(monkeypatch):

@@ -36,7 +36,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: 0 0 1.25rem; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; } th { text-align: left; color: var(--soft); }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.mono { overflow-wrap: anywhere; min-width: 15rem; } .number { text-align: right; white-space: nowrap; }
+td.mono, td.words { overflow-wrap: anywhere; min-width: 15rem; } .number { text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; } th.number { white-space: normal; }
 td.good, td.plain, td.todo { text-align: center; padding: .3rem .5rem; white-space: nowrap; }
 td.good { color: var(--good); background: var(--good-bg); } td.todo { color: var(--todo); background: var(--todo-bg); }
@@ -178,7 +178,7 @@ def _failures(report: Report) -> str:
             (str(failure.count), "number"),
             (escape(failure.op), ""),
             (escape(str(failure.target)), ""),
-            (escape(_shortened(failure.message)), ""),
+            (escape(_shortened(failure.message)), "words"),
             (_breaking(failure.example), "mono"),
         ]
         for failure in report.failures[:_MOST_ROWS]
