@@ -13,6 +13,7 @@ from autofuse.cache_db.exchange import (
     ImportSummary,
     export_database,
     import_into,
+    merge_exports,
     preview_import,
     read_export,
     usable_export,
@@ -22,6 +23,7 @@ from autofuse.cache_db.files import default_path
 from autofuse.cache_db.foreign import is_stale
 from autofuse.cache_db.garbage import KEPT_WINNERS, collect_garbage
 from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
+from autofuse.cache_db.merge import Settled
 from autofuse.cache_db.records import (
     BASELINE_KINDS,
     STANDINGS,
@@ -33,6 +35,7 @@ from autofuse.cache_db.records import (
     winners_digest,
 )
 from autofuse.cache_db.repair import RepairSummary, repair
+from autofuse.cache_db.software import software_changes
 from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "Lookup",
     "Provenance",
     "RepairSummary",
+    "Settled",
     "Snapshot",
     "Trial",
     "TunedDatabase",
@@ -64,9 +68,11 @@ __all__ = [
     "export_database",
     "import_into",
     "is_stale",
+    "merge_exports",
     "preview_import",
     "read_export",
     "repair",
+    "software_changes",
     "usable_export",
     "winners_digest",
 ]

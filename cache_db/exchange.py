@@ -10,7 +10,7 @@ import os
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from autofuse.cache_db.faults import AbsentDatabaseError
 from autofuse.cache_db.files import permits
 from autofuse.cache_db.foreign import Measured, check_size, is_stale, left_out
 from autofuse.cache_db.lines import KIND_OF, Content, malformed, read_lines, write_lines
+from autofuse.cache_db.merge import Settled, merge_contents
 from autofuse.cache_db.records import Trial, Winner
 from autofuse.cache_db.rows import TABLE_OF, key_of
 from autofuse.cache_db.sqlite_export import read_sqlite, write_sqlite
@@ -33,6 +34,7 @@ __all__ = [
     "ImportSummary",
     "export_database",
     "import_into",
+    "merge_exports",
     "preview_import",
     "read_export",
     "usable_export",
@@ -98,8 +100,29 @@ def export_database(
 
     Raises BadInput where ``destination`` exists (unless ``overwrite``) or cannot be written; DatabaseError.
     """
-    _check_destination(source, destination, overwrite)
-    content = _gather(source, op, targets, problems, winners_only)
+    _check_destination([source.path], destination, overwrite)
+    return _write(_gather(source, op, targets, problems, winners_only), destination)
+
+
+def merge_exports(
+    sources: Sequence[Path], destination: Path, *, overwrite: bool = False
+) -> tuple[ExportSummary, list[Settled]]:
+    """Writes what several exports or databases hold to one, as ``export_database`` does; see ``merge_contents``.
+
+    Every row is checked as an import is. Rows of ops and problems that this autofuse does not have go along.
+
+    Returns: what was written, and the winners that are not in it.
+    Raises BadInput, naming file and line, also for a config outside its kernel's search space; DatabaseError.
+    """
+    _check_destination(sources, destination, overwrite)
+    contents = [read_export(path) for path in sources]
+    for path, content in zip(sources, contents, strict=True):
+        _of_use(content, str(path), some=False)
+    merged, settled = merge_contents(contents)
+    return _write(merged, destination), settled
+
+
+def _write(content: Content, destination: Path) -> ExportSummary:
     temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
     try:
         if destination.suffix == ".jsonl":
@@ -143,8 +166,9 @@ def import_into(database: TunedDatabase | Path, source: Path | str, *, trust: bo
     matter of the lower time: one of the kernel as it is here stays over one of another version; then what was measured
     here stays over what is trusted, and that over a candidate; then the one that was measured later.
 
-    Rows of ops, problems and configs that this autofuse does not have are left out; a file in which nothing else is,
-    or one with a config outside the search space of the kernel as it is here, is refused.
+    Rows of ops, problems and configs that this autofuse does not have are left out, and so are winners of configs that
+    failed here; a file in which nothing is of use, or one with a config outside the search space of the kernel as it is
+    here, is refused.
 
     Args:
         database: open for writing, or where it is; it is made only once ``source`` was found to be in order.
@@ -187,12 +211,16 @@ class _Plan:
 def _planned(database: TunedDatabase | None, content: Content, trust: bool, useless: Mapping[str, int]) -> _Plan:
     standing = "trusted" if trust else "candidate"
     tallies = {word: Counter[str]() for word in ("new", "kept", "replaced")}
+    useless = Counter(useless)
     records: dict[tuple[object, ...], Measured] = {}
     priors: list[Winner] = []
     conflicts: list[Conflict] = []
     for foreign in content.records:
         record = replace(foreign, standing=standing)
         known = None if database is None else database.same_key(record)
+        if isinstance(record, Winner) and database is not None and _failed_here(record, database):
+            useless["winners of configs that failed here"] += 1
+            continue
         outcome = "new" if known is None else "replaced" if _takes_place(record, known) else "kept"
         tallies[outcome][TABLE_OF[type(record)]] += 1
         if outcome != "kept":
@@ -213,7 +241,12 @@ def _planned(database: TunedDatabase | None, content: Content, trust: bool, usel
     return _Plan([*records.values()], summary)
 
 
-_RANK = {"candidate": 0, "trusted": 1, "own": 2}
+def _failed_here(winner: Winner, database: TunedDatabase) -> bool:
+    trial = database.same_key(_as_trial(winner))
+    return trial is not None and trial.failed and trial.standing == "own"
+
+
+_RANK = {"candidate": 0, "trusted": 1, "disputed": 2, "own": 3}
 
 
 def _takes_place(record: Measured, known: Measured) -> bool:
@@ -246,7 +279,8 @@ def _as_trial(winner: Winner) -> Trial:
     )
 
 
-def _of_use(content: Content, place: str) -> tuple[Content, Counter[str]]:
+def _of_use(content: Content, place: str, *, some: bool = True) -> tuple[Content, Counter[str]]:
+    """What of it is of use here, and why how much is not. Args: some: whether it is refused where nothing is."""
     kept, useless = Content(content.provenance), Counter[str]()
     for record in content.records:
         try:
@@ -257,7 +291,7 @@ def _of_use(content: Content, place: str) -> tuple[Content, Counter[str]]:
             kept.records.append(record)
         else:
             useless[why] += 1
-    if useless and not kept.records:
+    if some and useless and not kept.records:
         raise malformed(place, BadInput(f"nothing in it is of use here: {next(iter(useless))}"))
     return kept, useless
 
@@ -309,7 +343,7 @@ def _gather(
     return content
 
 
-def _check_destination(source: TunedDatabase, destination: Path, overwrite: bool) -> None:
+def _check_destination(sources: Iterable[Path], destination: Path, overwrite: bool) -> None:
     if not destination.parent.is_dir():
         raise BadInput(f"cannot write {destination}: its folder does not exist; make it first")
     if destination.is_dir():
@@ -318,7 +352,7 @@ def _check_destination(source: TunedDatabase, destination: Path, overwrite: bool
         raise BadInput(f"cannot write {destination}: its folder is read-only; name a file in another")
     if not destination.exists():
         return
-    if source.path.exists() and os.path.samefile(destination, source.path):
+    if any(source.exists() and os.path.samefile(destination, source) for source in sources):
         raise BadInput(f"cannot export {destination} onto itself; name another file")
     if not overwrite:
         raise BadInput(f"cannot write {destination}: it exists; name another file or ask to overwrite it")

@@ -23,7 +23,8 @@ __all__ = ["LOOKUP_RULES", "Lookup", "Snapshot", "explain_lookup"]
 
 _logger = logging.getLogger("autofuse.cache_db")
 
-LOOKUP_RULES = ("exact", "between", "nearest", "range", "candidate", "stale", "untuned")
+LOOKUP_RULES = ("exact", "between", "range", "nearest", "same_arch", "candidate", "stale", "untuned")
+"""The better ones first: of two GPUs of an arch, the one whose rule stands first lends its config."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,19 @@ class Lookup:
     Attributes:
         rule: one of ``LOOKUP_RULES``.
         winners: the buckets that answer, the one whose config runs first; ascending for a range; empty where the rule
-            is ``candidate``, ``stale`` or ``untuned``.
+            is ``same_arch``, ``candidate``, ``stale`` or ``untuned``.
         reason: the same as a sentence, fit for a report.
         layer: which of the snapshot's ``layers`` the answer is from.
+        elsewhere: where the rule is ``same_arch``, the buckets that would answer on another GPU of the same arch. Their
+            configs are better guesses than the op's default; their times and gains were not measured here, and count
+            for nothing.
     """
 
     rule: str
     winners: tuple[Winner, ...]
     reason: str
     layer: int = 0
+    elsewhere: tuple[Winner, ...] = ()
 
     @property
     def beats_baseline(self) -> bool:
@@ -64,7 +69,8 @@ class Snapshot:
         below: what is asked where this has no answer.
 
     Args:
-        winners: by problem and tokens, stale ones and candidates too; or where they are to be read from.
+        winners: by problem and tokens, stale ones and candidates too, and those of other GPUs of the target's arch; or
+            where they are to be read from.
 
     Example:
         >>> empty = Snapshot(Path("tuned.db"), False, Target("cpu", "x86-64-v4", "EPYC"), ())
@@ -81,7 +87,7 @@ class Snapshot:
         below: Snapshot | None = None,
     ) -> None:
         self.path, self.present, self.target, self.below = path, present, target, below
-        self._layer = winners if isinstance(winners, (InMemory, OnDisk)) else InMemory(winners)
+        self._layer = winners if isinstance(winners, (InMemory, OnDisk)) else InMemory(winners, target)
         self._winners: dict[Problem, Sequence[Winner]] = {}
         self._answers: dict[tuple[Problem, int, int, str], Lookup] = {}
         mine = self._layer.digest
@@ -111,7 +117,8 @@ class Snapshot:
     @property
     def winners(self) -> tuple[Winner, ...]:
         """All of this database's winners but candidates, by problem and tokens. Raises DatabaseError."""
-        return tuple(winner for winner in self._layer.of(None) if winner.standing != "candidate")
+        mine = (winner for winner in self._layer.of(None) if winner.target == self.target)
+        return tuple(winner for winner in mine if winner.standing != "candidate")
 
     def layers(self) -> Iterator[Snapshot]:
         """This one, and those below it."""
@@ -141,7 +148,18 @@ class Snapshot:
         """The problem's winners that were measured with another version of the kernel, by tokens."""
         return [winner for winner in self._of(problem) if winner.source_hash != source_hash]
 
-    def _of(self, problem: Problem) -> Sequence[Winner]:
+    def elsewhere(self, problem: Problem, source_hash: str) -> dict[Target, list[Winner]]:
+        """The problem's fresh winners on other GPUs of the same arch, by tokens. Raises DatabaseError."""
+        found: dict[Target, list[Winner]] = {}
+        for winner in self._read(problem):
+            if winner.target != self.target and winner.source_hash == source_hash:
+                found.setdefault(winner.target, []).append(winner)
+        return found
+
+    def _of(self, problem: Problem) -> Iterator[Winner]:
+        return (winner for winner in self._read(problem) if winner.target == self.target)
+
+    def _read(self, problem: Problem) -> Sequence[Winner]:
         if problem not in self._winners:
             self._winners[problem] = self._layer.of(problem)
         return self._winners[problem]
@@ -155,7 +173,8 @@ class Snapshot:
         answer no further than ``within_reach`` says: beyond, the rule is ``untuned`` and the reason names the T to
         tune at. Winners of another source hash are passed over; where there are no others the rule is ``stale``, and
         without any ``untuned``; ``candidate`` where another machine's are, which decide nothing. Where this database
-        has no winner that answers, those below are asked in turn. The same question is answered from memory.
+        has no winner that answers, those below are asked in turn. Where none has, but for another GPU of the same arch
+        one has, the rule is ``same_arch``, which decides nothing either. The same question is answered from memory.
 
         Raises BadInput for a range that is none, DatabaseError.
         """
@@ -171,7 +190,24 @@ class Snapshot:
             for depth, layer in enumerate(self.layers())
         )
         first = next(answers)
-        return first if first.winners else next((answer for answer in answers if answer.winners), first)
+        measured = first if first.winners else next((answer for answer in answers if answer.winners), None)
+        return measured or self._on_same_arch(first, problem, tokens_low, tokens_high, source_hash)
+
+    def _on_same_arch(
+        self, here: Lookup, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str
+    ) -> Lookup:
+        """Of the uppermost database that has some, the GPU whose rule stands first in LOOKUP_RULES; of several the one
+        that was measured last. ``here`` where there is none.
+        """
+        for depth, layer in enumerate(self.layers()):
+            others = layer.elsewhere(problem, source_hash).items()
+            found = (_answer(target, buckets, tokens_low, tokens_high) for target, buckets in others)
+            answers = sorted(filter(None, found), key=lambda each: each.winners[0].measured_at, reverse=True)
+            best = min(answers, key=lambda each: LOOKUP_RULES.index(each.rule), default=None)
+            if best is not None:
+                there = f"on another GPU of the same arch, which decides nothing here: {best.reason}"
+                return Lookup("same_arch", (), f"{here.reason}; {there}", depth, best.winners)
+        return here
 
     def _own_answer(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
         if not 0 <= tokens_low <= tokens_high:
@@ -179,37 +215,8 @@ class Snapshot:
         buckets = self.own_buckets(problem, source_hash)
         if not buckets:
             return self._without_buckets(problem, source_hash)
-        tokens = [winner.tokens for winner in buckets]
-        first = min(bisect_left(tokens, tokens_low), len(buckets) - 1)
-        last = min(bisect_left(tokens, tokens_high), len(buckets) - 1)
-        between = tokens_low == tokens_high and first > 0 and tokens_low < tokens[first]
-        if not between and not within_reach(tokens[first], tokens[last], tokens_low, tokens_high):
-            return self._out_of_reach(problem, buckets, tokens_low, tokens_high)
-        if tokens_low < tokens_high:
-            serving = tuple(buckets[first : last + 1])
-            each = "; ".join(f"T={winner.tokens}: {_figures(winner)}" for winner in serving)
-            return Lookup(
-                "range",
-                serving,
-                f"{_asked(tokens_low, tokens_high)} is served by {_tokens(serving)} on {self.target}: {each}",
-            )
-        runs = buckets[first]
-        if runs.tokens == tokens_low:
-            return Lookup("exact", (runs,), f"tuned at T={runs.tokens} on {self.target}: {_figures(runs)}")
-        if between:
-            below = buckets[first - 1]
-            return Lookup(
-                "between",
-                (runs, below),
-                f"T={tokens_low} lies between T={below.tokens} and T={runs.tokens} as tuned on {self.target} and runs "
-                f"as T={runs.tokens}: {_figures(runs)}; T={below.tokens}: {_figures(below)}",
-            )
-        side = "below" if tokens_low < runs.tokens else "above"
-        return Lookup(
-            "nearest",
-            (runs,),
-            f"T={tokens_low} lies {side} all T tuned on {self.target} and runs as T={runs.tokens}: {_figures(runs)}",
-        )
+        answer = _answer(self.target, buckets, tokens_low, tokens_high)
+        return answer or self._out_of_reach(problem, buckets, tokens_low, tokens_high)
 
     def _out_of_reach(self, problem: Problem, buckets: Sequence[Winner], tokens_low: int, tokens_high: int) -> Lookup:
         tuned = {winner.tokens for winner in buckets}
@@ -239,6 +246,38 @@ class Snapshot:
         return Lookup("untuned", (), f"{problem} was never tuned on {self.target}: run `autofuse tune`")
 
 
+def _answer(target: Target, buckets: Sequence[Winner], tokens_low: int, tokens_high: int) -> Lookup | None:
+    """What the buckets of one problem on ``target``, ascending, say of a call; None where they are out of its reach."""
+    tokens = [winner.tokens for winner in buckets]
+    first = min(bisect_left(tokens, tokens_low), len(buckets) - 1)
+    last = min(bisect_left(tokens, tokens_high), len(buckets) - 1)
+    between = tokens_low == tokens_high and first > 0 and tokens_low < tokens[first]
+    if not between and not within_reach(tokens[first], tokens[last], tokens_low, tokens_high):
+        return None
+    if tokens_low < tokens_high:
+        serving = tuple(buckets[first : last + 1])
+        each = "; ".join(f"T={winner.tokens}: {_figures(winner)}" for winner in serving)
+        reason = f"{_asked(tokens_low, tokens_high)} is served by {_tokens(serving)} on {target}: {each}"
+        return Lookup("range", serving, reason)
+    runs = buckets[first]
+    if runs.tokens == tokens_low:
+        return Lookup("exact", (runs,), f"tuned at T={runs.tokens} on {target}: {_figures(runs)}")
+    if between:
+        below = buckets[first - 1]
+        return Lookup(
+            "between",
+            (runs, below),
+            f"T={tokens_low} lies between T={below.tokens} and T={runs.tokens} as tuned on {target} and runs "
+            f"as T={runs.tokens}: {_figures(runs)}; T={below.tokens}: {_figures(below)}",
+        )
+    side = "below" if tokens_low < runs.tokens else "above"
+    return Lookup(
+        "nearest",
+        (runs,),
+        f"T={tokens_low} lies {side} all T tuned on {target} and runs as T={runs.tokens}: {_figures(runs)}",
+    )
+
+
 def explain_lookup(
     snapshot: Snapshot, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str
 ) -> list[str]:
@@ -257,6 +296,9 @@ def explain_lookup(
         lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in buckets]
         for winner in layer.candidates(problem, source_hash):
             lines.append(f"candidate: T={winner.tokens}: {winner.config}, imported, not measured here")
+        for target, there in layer.elsewhere(problem, source_hash).items():
+            lines.append(f"same arch: {_tokens(there)} on {target}, not measured here")
+            lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in there]
         for winner in layer.stale(problem, source_hash):
             source = winner.source_hash[:12]
             lines.append(f"stale: T={winner.tokens}, measured {winner.measured_at} with source {source}")

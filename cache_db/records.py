@@ -43,8 +43,9 @@ BASELINE_KINDS = ("eager", "compile", "graph")
 """The reference run eagerly; through plain ``torch.compile`` as a user calls it; and, on a CPU only, as the code that
 Inductor generated, called without Dynamo's guards."""
 
-STANDINGS = ("own", "trusted", "candidate")
-"""``own`` was measured with this database; ``trusted`` was imported and taken as if it were; ``candidate`` was imported
+STANDINGS = ("own", "disputed", "trusted", "candidate")
+"""``own`` was measured with this database; ``disputed`` was, too, and did not agree with what was recorded before: it
+decides, but is tuned again; ``trusted`` was imported and taken as if it were measured here; ``candidate`` was imported
 and decides nothing: it only says what is worth measuring."""
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"

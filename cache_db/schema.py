@@ -124,6 +124,10 @@ def _check_columns(db: Database, path: Path) -> None:
             raise fault(path, f"lacks the column {table}.{min(missing)}", RESTORE)
 
 
+def _view(db: Database, name: str, select: str) -> None:
+    db.create_view(name, select, replace=True)
+
+
 @migrations()
 def m001_tables(db: Database) -> None:
     bucket = {"target": str, "problem": str, "tokens": int}
@@ -173,18 +177,9 @@ def m002_indexes(db: Database) -> None:
 
 @migrations()
 def m003_views(db: Database) -> None:
-    db.create_view(
-        "winners_view",
-        """SELECT w.target, p.op, w.problem, w.tokens, w.config,
-            round(w.time_us, 2) AS time_us, round(w.spread_us, 2) AS spread_us,
-            w.baseline, round(w.baseline_us, 2) AS baseline_us,
-            round(w.gain, 2) AS gain, round(w.gain_low, 2) AS gain_low, round(w.gain_high, 2) AS gain_high,
-            CASE WHEN w.gain_low > 1.0 THEN 'yes' ELSE 'no' END AS beats_baseline,
-            substr(w.source_hash, 1, 12) AS source, w.measured_at, v.host, v.driver
-        FROM winners w JOIN problems p ON p.id = w.problem LEFT JOIN provenance v ON v.id = w.provenance
-        ORDER BY w.target, w.problem, w.tokens""",
-    )
-    db.create_view(
+    """Views hold nothing: each is made by the last migration that changed it."""
+    _view(
+        db,
         "trials_view",
         """SELECT t.target, p.op, t.problem, t.tokens, t.config, t.status,
             round(t.time_us, 2) AS time_us, round(t.spread_us, 2) AS spread_us, round(t.error, 3) AS error,
@@ -193,21 +188,12 @@ def m003_views(db: Database) -> None:
         FROM trials t JOIN problems p ON p.id = t.problem
         ORDER BY t.target, t.problem, t.tokens, t.time_us IS NULL, t.time_us, t.config""",
     )
-    db.create_view(
-        "failures_view",
-        """SELECT t.status, t.message, p.op, t.target, count(*) AS trials, min(t.config) AS example_config,
-            min(t.problem) AS example_problem, max(t.measured_at) AS last_seen_at
-        FROM trials t JOIN problems p ON p.id = t.problem
-        WHERE t.status <> 'ok'
-        GROUP BY t.status, t.message, p.op, t.target
-        ORDER BY trials DESC, t.status, t.message""",
-    )
 
 
 @migrations()
 def m004_pruned_is_no_failure(db: Database) -> None:
-    db.view("failures_view").drop()
-    db.create_view(
+    _view(
+        db,
         "failures_view",
         """SELECT t.status, t.message, p.op, t.target, count(*) AS trials, min(t.config) AS example_config,
             min(t.problem) AS example_problem, max(t.measured_at) AS last_seen_at
@@ -220,7 +206,7 @@ def m004_pruned_is_no_failure(db: Database) -> None:
 
 @migrations()
 def m005_standing(db: Database) -> None:
-    """Where a row comes from, the winners of before, and each target's digest; views that show them."""
+    """Where a row comes from, the winners of before, and each target's digest."""
     for table in ("trials", "baselines", "winners"):
         db.table(table).add_column("standing", str, not_null_default="own")
     former = {column.name: {"TEXT": str, "INTEGER": int}.get(column.type, float) for column in db["winners"].columns}
@@ -238,8 +224,21 @@ def m005_standing(db: Database) -> None:
             f"CREATE TRIGGER winners_{event.lower()} AFTER {event} ON winners"
             f" BEGIN DELETE FROM digests WHERE target = {row}.target; END"
         )
-    db["winners_view"].drop()
-    db.create_view(
+    _view(
+        db,
+        "history_view",
+        """SELECT h.target, p.op, h.problem, h.tokens, h.config, round(h.time_us, 2) AS time_us,
+            round(h.gain, 2) AS gain, h.standing, substr(h.source_hash, 1, 12) AS source, h.measured_at, h.replaced_at
+        FROM history h JOIN problems p ON p.id = h.problem
+        ORDER BY h.target, h.problem, h.tokens, h.seq""",
+    )
+
+
+@migrations()
+def m006_disputed(db: Database) -> None:
+    """A winner may be ``disputed``. An earlier autofuse, which would take that for damage, is to refuse the file."""
+    _view(
+        db,
         "winners_view",
         """SELECT w.target, p.op, w.problem, w.tokens, w.config, w.standing,
             round(w.time_us, 2) AS time_us, round(w.spread_us, 2) AS spread_us,
@@ -250,21 +249,16 @@ def m005_standing(db: Database) -> None:
         FROM winners w JOIN problems p ON p.id = w.problem LEFT JOIN provenance v ON v.id = w.provenance
         ORDER BY w.target, w.problem, w.tokens""",
     )
-    db.create_view(
+    _view(
+        db,
         "coverage_view",
         """SELECT w.target, p.op, w.problem, count(*) AS buckets, min(w.tokens) AS tokens_low,
-            max(w.tokens) AS tokens_high, sum(w.gain_low > 1.0) AS faster, round(min(w.gain), 2) AS least_gain,
+            max(w.tokens) AS tokens_high, sum(w.gain_low > 1.0) AS faster,
+            sum(w.standing = 'disputed') AS disputed, round(min(w.gain), 2) AS least_gain,
             round(max(w.gain), 2) AS most_gain, count(DISTINCT w.source_hash) AS sources,
             min(w.measured_at) AS first_measured_at, max(w.measured_at) AS last_measured_at
         FROM winners w JOIN problems p ON p.id = w.problem
         WHERE w.standing <> 'candidate'
         GROUP BY w.target, p.op, w.problem
         ORDER BY w.target, p.op, w.problem""",
-    )
-    db.create_view(
-        "history_view",
-        """SELECT h.target, p.op, h.problem, h.tokens, h.config, round(h.time_us, 2) AS time_us,
-            round(h.gain, 2) AS gain, h.standing, substr(h.source_hash, 1, 12) AS source, h.measured_at, h.replaced_at
-        FROM history h JOIN problems p ON p.id = h.problem
-        ORDER BY h.target, h.problem, h.tokens, h.seq""",
     )

@@ -161,18 +161,20 @@ class TunedDatabase:
     def roll_back(self, target: Target, problem: Problem, tokens: int) -> Winner | None:
         """Makes the winner before the present one the winner again, and forgets the present one; returns it.
 
-        None where there was none before: nothing changes.
+        One whose config has failed since is passed over, and forgotten as well. None where there was none before:
+        nothing changes.
         """
         key = {"target": str(target), "problem": str(problem), "tokens": tokens}
         with self.transaction():
-            query = f"SELECT max(seq) FROM history WHERE {_equal(key)}"
-            seq = self._db.execute(query, key).fetchone()[0]
-            if seq is None:
-                return None
-            former = next(f for f in self.history(target, problem, tokens, last=1))
-            self._replace_winner(former.winner, keep=False)
-            self._db.execute("DELETE FROM history WHERE seq = ?", [seq])
-        return former.winner
+            history = self.history(target, problem, tokens)
+            for passed, former in enumerate(history):
+                if self._fails(former.winner):
+                    continue
+                self._replace_winner(former.winner, keep=False)
+                last = f"SELECT seq FROM history WHERE {_equal(key)} ORDER BY seq DESC LIMIT {passed + 1}"
+                self._db.execute(f"DELETE FROM history WHERE seq IN ({last})", key)
+                return former.winner
+        return None
 
     def forget_winner(self, winner: Winner) -> None:
         """Removes the winner of the same key, whatever it is; nothing happens where there is none."""
@@ -257,7 +259,7 @@ class TunedDatabase:
         key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
         found: list[Trial | Winner] = []
         for kind, good in ((Winner, "1"), (Trial, "status = 'ok'")):
-            found += self._select(kind, f"{_equal(key)} AND standing <> 'own' AND {good}", key)
+            found += self._select(kind, f"{_equal(key)} AND standing IN ('trusted', 'candidate') AND {good}", key)
         found.sort(key=lambda record: (record.time_us, str(record.config)))
         return list(dict.fromkeys(record.config for record in found))
 
@@ -358,6 +360,10 @@ class TunedDatabase:
         return self._stored_digest(target) or winners_digest(self.winners(target))
 
     # Helpers
+
+    def _fails(self, winner: Winner) -> bool:
+        trials = self.trials(winner.target, winner.problem, winner.tokens, winner.source_hash)
+        return any(trial.failed and trial.config == winner.config for trial in trials)
 
     def _replace_winner(self, winner: Winner, *, keep: bool = True) -> None:
         before, digest = self.same_key(winner), self.digest(winner.target)

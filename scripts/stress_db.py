@@ -39,7 +39,7 @@ from autofuse.graph.settings import Settings
 from autofuse.ops import Config, get_op
 from autofuse.targets import target_of
 
-__all__ = ["Outcome", "compiled_copies", "corrupted_copies", "kills", "writers"]
+__all__ = ["Outcome", "compiled_copies", "corrupted_copies", "kills", "unprivileged", "writers"]
 
 CPU = torch.device("cpu")
 OP = get_op("mla_dual_rms_norm")
@@ -124,9 +124,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _read_only(path: Path) -> Iterator[None]:
-    path.chmod(0o444)
-    path.parent.chmod(0o555)
+def unprivileged() -> Iterator[None]:
+    """As a user whom permissions bind, even where this runs as root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -135,6 +134,16 @@ def _read_only(path: Path) -> Iterator[None]:
     finally:
         if root:
             os.seteuid(0)
+
+
+@contextmanager
+def _read_only(path: Path) -> Iterator[None]:
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        with unprivileged():
+            yield
+    finally:
         path.parent.chmod(0o755)
 
 

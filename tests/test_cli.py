@@ -62,7 +62,7 @@ def test_without_a_command_the_commands_are_listed(cli: Cli) -> None:
     assert cli("--help") == listed
     for command in COMMANDS:
         assert f"  {command} " in listed
-    names = "capture compile diff doctor export gc import ops report rollback show tune why"
+    names = "capture compile diff doctor export gc import merge ops report rollback show tune verify why"
     assert names.split() == COMMANDS
 
 

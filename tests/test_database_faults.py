@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from autofuse.cache_db import AbsentDatabaseError, Snapshot, Trial, TunedDatabas
 from autofuse.errors import BadInput, DatabaseError
 from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
+from stress_db import unprivileged
 
 CPU = Target("cpu", "x86-64-v4", "AMD EPYC 9B14")
 PROBLEM = Problem("mla_dual_rms_norm", (("dtype", "bf16"),))
@@ -43,19 +44,6 @@ def open_folder() -> Iterator[Path]:
             database.record_winner(WINNER)
         yield folder
         folder.chmod(0o755)
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user whom permissions bind, even where the tests run as root."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def complaint(use: Callable[[], object]) -> str:

@@ -19,6 +19,9 @@ from autofuse.ops.problem import Config, Problem
 from autofuse.targets.base import Target
 
 H200 = Target("cuda", "sm_90a", "NVIDIA H200")
+H100 = Target("cuda", "sm_90a", "NVIDIA H100 80GB HBM3")
+GH200 = Target("cuda", "sm_90a", "NVIDIA GH200 480GB")
+A100 = Target("cuda", "sm_80", "NVIDIA A100-SXM4-80GB")
 PROBLEM = Problem("mla_dual_rms_norm", (("dtype", "bf16"), ("q_lora_rank", 1536)))
 
 
@@ -206,6 +209,96 @@ def test_a_candidate_decides_nothing_and_is_named() -> None:
 
 def test_what_is_trusted_says_so() -> None:
     assert "as imported" in snapshot(winner(64, standing="trusted")).lookup(PROBLEM, 64, 64, "abc").reason
+
+
+@pytest.mark.parametrize(
+    ("target", "tuned", "alike"),
+    [
+        (H200, H100, True),
+        (H200, A100, False),
+        (H200, Target("hip", "sm_90a", "AMD"), False),
+        (Target("hip", "gfx942", "AMD Instinct MI300X"), Target("hip", "gfx942", "AMD Instinct MI325X"), True),
+        (Target("cpu", "x86-64-v4", "EPYC"), Target("cpu", "x86-64-v4", "Xeon"), False),
+    ],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_another_gpu_of_the_same_arch_lends_its_config_and_decides_nothing(
+    tmp_path: Path, target: Target, tuned: Target, alike: bool, in_memory: bool
+) -> None:
+    with TunedDatabase(tmp_path / "tuned.db") as database:
+        database.record_winner(winner(64, target=tuned))
+    known = Snapshot.load(tmp_path / "tuned.db", target)
+    if in_memory:
+        known = Snapshot(Path("tuned.db"), True, target, [winner(64, target=tuned)])
+    answer = known.lookup(PROBLEM, 64, 64, "abc")
+    assert (answer.winners, answer.beats_baseline) == ((), False)
+    assert answer.rule == ("same_arch" if alike else "untuned")
+    assert [lent.target for lent in answer.elsewhere] == ([tuned] if alike else [])
+    assert answer.reason.startswith(f"{PROBLEM} was never tuned on {target}: run `autofuse tune`")
+    there = f"; on another GPU of the same arch, which decides nothing here: tuned at T=64 on {tuned}: 1.03 µs"
+    assert (there in answer.reason) == alike
+    told = explain_lookup(known, PROBLEM, 64, 64, "abc")
+    assert (f"same arch: T=64 on {tuned}, not measured here" in told) == alike
+    assert told[-1] == "faster here: no"
+
+
+def test_what_was_tuned_here_answers_before_another_gpu() -> None:
+    known = snapshot(winner(1), winner(64, target=H100))
+    assert known.lookup(PROBLEM, 2, 2, "abc").rule == "nearest"
+    beyond = known.lookup(PROBLEM, 64, 64, "abc")
+    assert (beyond.rule, beyond.elsewhere[0].target) == ("same_arch", H100)
+    assert f"further than a factor of 2 from what was tuned on {H200}" in beyond.reason
+    assert known.winners == (winner(1),)
+
+
+def test_of_several_gpus_the_better_rule_lends_and_then_the_later_measurement() -> None:
+    early, late = "2026-01-31T12:00:00Z", "2026-02-01T12:00:00Z"
+    near = winner(65, target=GH200, measured_at=late)
+    assert snapshot(winner(64, target=H100, measured_at=early), near).lookup(PROBLEM, 64, 64, "abc").elsewhere == (
+        winner(64, target=H100, measured_at=early),
+    )
+    both = snapshot(winner(64, target=H100, measured_at=late), winner(64, target=GH200, measured_at=early))
+    assert both.lookup(PROBLEM, 64, 64, "abc").elsewhere[0].target == H100
+
+
+@pytest.mark.parametrize("unfit", [{"source_hash": "old"}, {"standing": "candidate"}, {"tokens": 4096}], ids=str)
+def test_another_gpu_lends_only_what_would_answer_there(unfit: dict[str, Any]) -> None:
+    lent = winner(**{"tokens": 64, "target": H100, **unfit})
+    assert snapshot(lent).lookup(PROBLEM, 64, 64, "abc").rule == "untuned"
+
+
+def test_a_candidate_or_a_stale_winner_is_named_beside_what_another_gpu_lends() -> None:
+    for own, words in (
+        ({"standing": "candidate"}, "was imported for T=64"),
+        ({"source_hash": "old"}, "another version"),
+    ):
+        answer = snapshot(winner(64, **own), winner(64, target=H100)).lookup(PROBLEM, 64, 64, "abc")
+        assert answer.rule == "same_arch"
+        assert words in answer.reason
+
+
+def test_the_digest_covers_other_gpus_of_the_same_arch_alone(tmp_path: Path) -> None:
+    digests = []
+    for target in (H200, A100, H100, GH200):
+        with TunedDatabase(tmp_path / "tuned.db") as database:
+            database.record_winner(winner(64, target=target))
+            rows = database.winners()
+        digests.append(Snapshot.load(tmp_path / "tuned.db", H200).digest)
+        assert digests[-1] == snapshot(*rows).digest
+    assert digests[0] == digests[1] == snapshot(winner(64)).digest
+    assert len({*digests}) == 3
+    with closing(sqlite3.connect(tmp_path / "tuned.db")) as connection, connection:
+        connection.execute("UPDATE winners SET gain = 2.0 WHERE target = ?", [str(H100)])
+    assert Snapshot.load(tmp_path / "tuned.db", H200).digest not in digests
+
+
+def test_a_lower_database_lends_where_the_upper_ones_cannot(layers: tuple[Path, Path, Path]) -> None:
+    with TunedDatabase(layers[2]) as database:
+        database.record_winner(winner(512, target=H100, source_hash="new"))
+    answer = Snapshot.load(layers[0], H200).lookup(PROBLEM, 512, 512, "new")
+    assert (answer.rule, answer.layer, answer.elsewhere[0].tokens) == ("same_arch", 2, 512)
+    assert "another version of its kernel" in answer.reason
 
 
 @pytest.fixture

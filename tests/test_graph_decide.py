@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -15,17 +16,20 @@ from deciding import CPU, PROBLEM, buckets, compared, decide, tuned, winner
 from models import HIDDEN, KV_RANK, Q_RANK, MlaLatents, RMSNorm, isolate, without_code_generation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autofuse.cache_db import TunedDatabase, default_path
+from autofuse.cache_db import Trial, TunedDatabase, default_path
+from autofuse.graph import decide as decide_module
 from autofuse.graph import notice
 from autofuse.graph.alignment import misalignment
 from autofuse.graph.decide import ANY_TOKENS, token_range
+from autofuse.graph.evidence import read_shared, read_tuned
 from autofuse.graph.fusions import FUSIONS
+from autofuse.graph.ranks import Shared
 from autofuse.graph.report import GraphReport, Measured, NearMissReport, SiteReport
 from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import LEVELS, Settings
 from autofuse.ops import Config, LaunchShape, get_op
 from autofuse.runtime.plan import Plan
-from autofuse.targets import target_of
+from autofuse.targets import Target, target_of
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +172,7 @@ def test_stale_winners_do_not_count():
 
 def test_untuned_fuse_takes_default_configs():
     decision = decide(16, {"autofuse.untuned": "fuse"})
+    assert decision.rule == "default"
     assert str(decision.plan) == str(
         Plan(
             target_of(CPU).arch,
@@ -182,6 +187,67 @@ def test_untuned_fuse_takes_default_configs():
 def test_untuned_fuse_does_not_fuse_what_was_measured_to_be_slower():
     tuned(winner(16, 0.8))
     assert decide(16, {"autofuse.untuned": "fuse"}).plan is None
+
+
+H200, H100 = (Target("cuda", "sm_90a", name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"))
+
+
+def on_h200(monkeypatch, options, *winners, trials=()):
+    """The decision on a site of 64 tokens on an H200, whose kernels are not compiled."""
+    op = get_op("mla_dual_rms_norm")
+    with TunedDatabase(default_path()) as database:
+        for made, config in winners:
+            database.record_winner(replace(made, config=config, source_hash=op.source_hash("cuda")))
+        for trial in trials:
+            database.record_trial(trial)
+    monkeypatch.setattr(decide_module, "target_of", lambda device: H200)
+    monkeypatch.setattr(decide_module.Decider, "_with_kernels", lambda self, op, decision, target: decision)
+    return decide(64, options)
+
+
+CONFIG, OTHER = islice(get_op("mla_dual_rms_norm").kernel_source("cuda").space.configs(PROBLEM, 64), 7, 9)
+FUSED = {"autofuse.untuned": "fuse"}
+
+
+def test_another_gpus_winner_is_no_measurement_and_its_site_is_left_and_remembered(monkeypatch):
+    lent = (winner(64, 3.0, target=H100), CONFIG)
+    decision = on_h200(monkeypatch, None, lent)
+    assert (decision.plan, decision.rule, decision.saved_us) == (None, "same_arch", None)
+    with TunedDatabase(default_path(), read_only=True) as database:
+        assert [site.target for site in database.captured()] == [H200]
+
+
+def test_where_the_user_allows_it_the_config_of_another_gpu_runs(monkeypatch):
+    decision = on_h200(monkeypatch, FUSED, (winner(64, 0.5, target=H100), CONFIG))
+    assert (decision.rule, decision.plan.buckets, decision.saved_us) == ("same_arch", ((64, CONFIG),), None)
+    assert "autofuse.untuned is 'fuse': its config" in decision.reason
+
+
+def test_ranks_share_what_another_gpu_lends():
+    lent, own = winner(64, 3.0, target=H100), winner(64, 2.0, target=H200)
+    tuned(lent)
+    shared = Shared.decode(read_shared(default_path(), H200).encode())
+    assert shared.snapshot(default_path(), H200).lookup(PROBLEM, 64, 64, lent.source_hash).elsewhere == (
+        *TunedDatabase(default_path(), read_only=True).winners(),
+    )
+    tuned(own)
+    newer = shared.with_newer(read_tuned(default_path(), H200, PROBLEM))
+    assert [known.target for known in newer.layers[0].winners] == [H100, H200]
+    assert newer.snapshot(default_path(), H200).lookup(PROBLEM, 64, 64, own.source_hash).rule == "exact"
+
+
+def test_a_config_of_another_gpu_that_is_none_here_or_failed_here_does_not_run(monkeypatch):
+    op = get_op("mla_dual_rms_norm")
+    default = op.default_config("cuda", PROBLEM, 64)
+    decision = on_h200(monkeypatch, FUSED, (winner(64, 3.0, target=H100), Config.of(CONFIG, Q_WARPS=3)))
+    assert (decision.rule, decision.plan.buckets) == ("default", ((64, default),))
+    assert "is no config of mla_dual_rms_norm for cuda here: each warp needs" in decision.reason
+    wrong = Trial(H200, PROBLEM, 1, OTHER, op.source_hash("cuda"), "wrong", "off by 2")
+    decision = on_h200(monkeypatch, FUSED, (winner(64, 3.0, target=H100), OTHER), trials=[wrong])
+    assert (decision.rule, decision.plan.buckets) == ("default", ((64, default),))
+    assert f"{OTHER} fails here (wrong at T=1)" in decision.reason
+    decision = on_h200(monkeypatch, FUSED, trials=[replace(wrong, config=default)])
+    assert (decision.rule, decision.plan) == ("refused", None)
 
 
 @pytest.mark.parametrize("config", [Config.of(THREADS=1), {"TASK_ROWS": 5}, {"THREADS": 1, "TASK_ROWS": 8}], ids=str)

@@ -18,12 +18,13 @@ import typer
 from autofuse.cli.capture import capture
 from autofuse.cli.compile import compile_kernels
 from autofuse.cli.doctor import doctor
-from autofuse.cli.exchange import diff, export, import_
+from autofuse.cli.exchange import diff, export, import_, merge
 from autofuse.cli.history import gc, rollback
 from autofuse.cli.ops import ops
 from autofuse.cli.report import report
 from autofuse.cli.show import show
 from autofuse.cli.tune import tune
+from autofuse.cli.verify import verify
 from autofuse.cli.why import why
 from autofuse.errors import AutofuseError
 
@@ -44,11 +45,13 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(ops)
 app.command()(tune)
+app.command()(verify)
 app.command()(show)
 app.command()(why)
 app.command()(report)
 app.command()(export)
 app.command("import")(import_)
+app.command()(merge)
 app.command()(diff)
 app.command()(rollback)
 app.command()(gc)

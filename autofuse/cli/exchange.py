@@ -1,4 +1,4 @@
-"""``autofuse export``, ``import`` and ``diff``: carry measurements between machines."""
+"""``autofuse export``, ``import``, ``merge`` and ``diff``: carry measurements between machines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from autofuse.cache_db import (
     default_path,
     export_database,
     import_into,
+    merge_exports,
     preview_import,
     read_export,
 )
@@ -27,7 +28,9 @@ from autofuse.ops import OPS, Problem
 from autofuse.ops.base import DTYPES
 from autofuse.targets import Target
 
-__all__ = ["diff", "export", "import_"]
+__all__ = ["diff", "export", "import_", "merge"]
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 def export(
@@ -45,7 +48,7 @@ def export(
     winners_only: Annotated[
         bool, typer.Option("--winners-only", help="Winners and their baselines, without the trials behind them.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteOption = False,
     database: DatabaseOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -105,6 +108,35 @@ def import_(
         return
     typer.echo(f"{'Would import' if dry_run else 'Imported'} {path} into {where}")
     _print_import(summary, trust)
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Exports, or databases.", metavar="A B…")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write: .jsonl gives JSON lines, anything else SQLite.")
+    ],
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Make one file of several.
+
+    Of two winners of one bucket stays the one of the kernel as it is here; then one that a trial in these files says
+    was verified; then one that says where it was measured; then the later one. The lower time never decides, nor does
+    the order of the files: the same content gives the same bytes. A config that one of them found wrong does not win.
+
+    Example: autofuse merge h200-a.jsonl h200-b.jsonl -o h200.jsonl
+    """
+    summary, settled = merge_exports(files, output, overwrite=overwrite)
+    if json:
+        print_json({"path": summary.path, "rows": summary.counts, "dropped": settled})
+        return
+    typer.echo(f"Wrote {summary.path}: {_listed(summary.counts)}")
+    if settled:
+        typer.echo("Winners that are not in it:")
+    for each in settled:
+        dropped, kept = each.dropped, "none" if each.kept is None else _named(each.kept)
+        typer.echo(f"  {dropped.problem} at T={dropped.tokens} on {dropped.target}: {_named(dropped)}: {each.why}")
+        typer.echo(f"    in its place: {kept}")
 
 
 def diff(
@@ -167,6 +199,10 @@ def _print_winners(title: str, winners: Sequence[Winner]) -> None:
         columns = ["target", "problem", ">T", ">µs", ">gain [95 %]", "config"]
         rows = [[w.target, w.problem, w.tokens, microseconds(w.time_us), gain(w), w.config] for w in winners]
         print_table(title, columns, rows)
+
+
+def _named(winner: Winner) -> str:
+    return f"{winner.config} ({microseconds(winner.time_us)} µs, measured {winner.measured_at})"
 
 
 def _is_gpu(target: Target, name: str) -> bool:

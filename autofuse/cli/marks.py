@@ -1,4 +1,4 @@
-"""What to know of a winner beside its figures: that it is stale, suspect, trusted or only a candidate."""
+"""What to know of a winner beside its figures: that it is stale, disputed, suspect, trusted or only a candidate."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from autofuse.cache_db import TunedDatabase, Winner, is_stale
+from autofuse.cache_db import TunedDatabase, Winner, is_stale, software_changes
 from autofuse.errors import AutofuseError
 from autofuse.ops import OPS
 from autofuse.targets import KINDS, Target, target_of, toolchain
 
 __all__ = ["Marks"]
-
-_COUNTS = ("driver", "toolkit", "compiler")
-"""What of its provenance may change how fast the same kernel is. Clocks and power caps vary from run to run."""
 
 
 @dataclass
@@ -44,8 +41,9 @@ class Marks:
             return "stale: the kernel changed"
         if winner.standing == "candidate":
             return "candidate: imported, not measured here"
-        changed = self._changed(winner)
-        if changed:
+        if winner.standing == "disputed":
+            return "disputed: measured again, not as recorded"
+        if changed := self._changed(winner):
             return f"suspect: {', '.join(changed)}"
         return "trusted: imported, not measured here" if winner.standing == "trusted" else ""
 
@@ -53,9 +51,4 @@ class Marks:
         here = self._here.get(winner.target)
         if here is None or not winner.provenance:
             return []
-        then = self.database.provenance(winner.provenance)
-        return [
-            f"{name} was {then[name]}, is {here.get(name)}"
-            for name in _COUNTS
-            if then.get(name) is not None and then[name] != here.get(name)
-        ]
+        return software_changes(self.database.provenance(winner.provenance), here)

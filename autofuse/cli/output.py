@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autofuse.cache_db import Winner
+from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.ops import Config, Problem
 from autofuse.targets import Target
 
-__all__ = ["console", "gain", "microseconds", "plain", "print_json", "print_table", "print_winners"]
+__all__ = ["baselines_us", "console", "gain", "microseconds", "plain", "print_json", "print_table", "print_winners"]
 
 _WIDE = 240  # columns of a table that goes into a file or a pipe
 
@@ -71,6 +71,12 @@ def microseconds(time_us: float | None) -> str:
 def gain(winner: Winner) -> str:
     """``1.93× [1.90, 1.96]``: the median and its 95 % interval."""
     return f"{winner.gain:.2f}× [{winner.gain_low:.2f}, {winner.gain_high:.2f}]"
+
+
+def baselines_us(database: TunedDatabase, winners: Iterable[Winner]) -> dict[Winner, dict[str, float]]:
+    """Kind of baseline → median time, for each winner's bucket."""
+    known = {w: database.baselines(w.target, w.problem, w.tokens) for w in winners}
+    return {w: {kind: baseline.time_us for kind, baseline in found.items()} for w, found in known.items()}
 
 
 def print_winners(

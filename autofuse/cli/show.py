@@ -9,7 +9,7 @@ import typer
 from autofuse.cache_db import Trial, TunedDatabase, Winner
 from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
-from autofuse.cli.output import microseconds, plain, print_json, print_table, print_winners
+from autofuse.cli.output import baselines_us, microseconds, plain, print_json, print_table, print_winners
 from autofuse.errors import BadInput
 
 __all__ = ["show"]
@@ -47,13 +47,7 @@ def show(
 
 
 def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) -> None:
-    baselines = {
-        winner: {
-            kind: baseline.time_us
-            for kind, baseline in database.baselines(winner.target, winner.problem, winner.tokens).items()
-        }
-        for winner in winners
-    }
+    baselines = baselines_us(database, winners)
     marks = Marks(database)
     states = {winner: marks.of(winner) for winner in winners}
     if json:

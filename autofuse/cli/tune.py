@@ -18,7 +18,7 @@ import typer
 from autofuse.cache_db import Captured, TunedDatabase, Winner
 from autofuse.cli.forecast import print_forecast, read_or_blank
 from autofuse.cli.options import DatabaseOption, DtypeOption, JsonOption, OpsOption, SeedOption, parse_duration
-from autofuse.cli.output import print_json, print_winners
+from autofuse.cli.output import baselines_us, print_json, print_winners
 from autofuse.cli.watch import watch as watch_captured
 from autofuse.errors import AutofuseError, BadInput, TargetUnavailable
 from autofuse.ops import get_op
@@ -284,13 +284,7 @@ def _say_nothing_to_do(database: TunedDatabase, json: bool) -> None:
 
 def _report(database: TunedDatabase, done: Sequence[BucketDone], json: bool) -> None:
     winners = {event.bucket: event.winner for event in done if event.winner is not None}
-    baselines = {
-        winner: {
-            kind: baseline.time_us
-            for kind, baseline in database.baselines(winner.target, winner.problem, winner.tokens).items()
-        }
-        for winner in winners.values()
-    }
+    baselines = baselines_us(database, winners.values())
     if json:
         buckets = [
             {

@@ -53,8 +53,9 @@ class Decision:
 
     Attributes:
         plan: what the fused op runs; None where the site is left alone, or rewritten without a kernel of ours.
-        rule: of the lookup, or what else decided: ``level``, ``refused``, ``split``, ``flag`` (nothing to measure),
-            ``unsupported``, ``target``, ``baseline``, ``overlap``.
+        rule: of the lookup, or what else decided: ``default`` (its config, which nobody measured), ``level``,
+            ``refused``, ``split``, ``flag`` (nothing to measure), ``unsupported``, ``target``, ``baseline``,
+            ``overlap``.
         reason: the same as a sentence.
         key: what was looked up; None where nothing was.
         winners: what answered, the bucket whose config runs first.
@@ -201,13 +202,40 @@ class Decider:
             return self._measured(op, key, lookup, self.known[site.device])
         decision = Decision(None, lookup.rule, lookup.reason, problem, key)
         if self.settings.untuned == "fuse":
-            buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
-            reason = f"{lookup.reason}; autofuse.untuned is 'fuse': default config"
-            return replace(decision, plan=Plan(target.arch, problem, buckets, key.source_hash), reason=reason)
+            return self._unmeasured(op, key, lookup, decision)
         if known.snapshot is not None:
             self._captured[key.captured] = None
         reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
         return replace(decision, reason=reason, nearest=self._evidence.nearest(key))
+
+    def _unmeasured(self, op: FusedOp, key: Key, lookup: Lookup, decision: Decision) -> Decision:
+        """What runs where nobody measured and the user wants it fused all the same: what runs on another GPU of the
+        same arch, else the default config. Nothing that is known to fail here, or is no config of the op.
+        """
+        static = key.tokens_low == key.tokens_high
+        lent = tuple((w.tokens, w.config) for w in (lookup.elsewhere[:1] if static else lookup.elsewhere))
+        default = _default_buckets(op, key.target.kind, key.problem, key.tokens_low, key.tokens_high)
+        reasons = [lookup.reason]
+        for rule, buckets in (("same_arch", lent), ("default", default)):
+            if not buckets:
+                continue
+            if (why := self._unfit(op, key, buckets)) is None:
+                plan = Plan(key.target.arch, key.problem, buckets, key.source_hash)
+                whose = "its config" if rule == "same_arch" else "default config"
+                reason = "; ".join([*reasons, f"autofuse.untuned is 'fuse': {whose}"])
+                return replace(decision, plan=plan, rule=rule, reason=reason)
+            reasons.append(why)
+        return replace(decision, rule="refused", reason="; ".join(reasons))
+
+    def _unfit(self, op: FusedOp, key: Key, buckets: Iterable[tuple[int, Config]]) -> str | None:
+        """Why one of the configs must not run here; None if all may."""
+        space = op.kernel_source(key.target.kind).space
+        for _, config in buckets:
+            if (why := space.refusal(config, key.problem, _MANY_TOKENS)) is not None:
+                return f"{config} is no config of {op.name} for {key.target.kind} here: {why}"
+            if (trial := self._evidence.failed(key, config)) is not None:
+                return f"{config} fails here ({trial.status} at T={trial.tokens})"
+        return None
 
     def _measured(self, op: FusedOp, key: Key, lookup: Lookup, known: Knowledge) -> Decision:
         """By what was measured: whether every T that the site may be called with is served by something faster."""
@@ -366,9 +394,7 @@ def _if_aligned(op: FusedOp, site: Site, decision: Decision) -> Decision:
     return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 
 
-def _default_buckets(
-    op: FusedOp, kind: str, problem: Problem, low: int, high: int
-) -> tuple[tuple[int, Config | None], ...]:
+def _default_buckets(op: FusedOp, kind: str, problem: Problem, low: int, high: int) -> tuple[tuple[int, Config], ...]:
     return tuple((bucket, op.default_config(kind, problem, bucket)) for bucket in buckets_serving(low, high))
 
 

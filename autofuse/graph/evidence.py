@@ -11,11 +11,12 @@ from typing import TypeVar
 
 from autofuse.cache_db import AbsentDatabaseError, Captured, Trial, TunedDatabase, Winner
 from autofuse.cache_db.files import lower_paths
+from autofuse.cache_db.layer import winners_for
 from autofuse.errors import DatabaseError
 from autofuse.graph.notice import warn_once
 from autofuse.graph.ranks import Shared, SharedDatabase
 from autofuse.ops.buckets import within_reach
-from autofuse.ops.problem import Problem
+from autofuse.ops.problem import Config, Problem
 from autofuse.targets import Target
 
 __all__ = ["ANY_TOKENS", "Evidence", "Key", "describe_range", "differences", "nearest_row", "read_shared", "read_tuned"]
@@ -98,16 +99,24 @@ class Evidence:
         """That all configs measured for ``key`` failed, and how, as a sentence; "" if none was measured or one is
         right.
         """
+        present = self._present_trials(key)
+        if not present or any(trial.status == "ok" for trial in present):
+            return ""
+        counts = ", ".join(f"{count} {status}" for status, count in Counter(t.status for t in present).most_common())
+        return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
+
+    def failed(self, key: Key, config: Config) -> Trial | None:
+        """A trial of ``key``'s problem and present source in which ``config`` failed, at whatever T; None without."""
+        trials = self._present_trials(key)
+        return next((trial for trial in trials if trial.failed and trial.config == config), None)
+
+    def _present_trials(self, key: Key) -> Sequence[Trial]:
         pair = (key.target, key.problem)
         if pair not in self._trials:
             self._trials[pair] = _rows(
                 self._paths, lambda database: database.every(Trial, key.target, None, key.problem)
             )
-        present = [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
-        if not present or any(trial.status == "ok" for trial in present):
-            return ""
-        counts = ", ".join(f"{count} {status}" for status, count in Counter(t.status for t in present).most_common())
-        return f"it was tuned, but no config works ({counts}): `autofuse show --failures` says why"
+        return [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
 
     def only_eager(
         self, winners: Iterable[Winner], path: Path, compared: frozenset[tuple[str, int]] | None = None
@@ -171,8 +180,9 @@ def read_tuned(path: Path, target: Target, problem: Problem) -> Shared:
 def _read_shared(path: Path, target: Target, problem: Problem | None = None) -> SharedDatabase:
     try:
         with TunedDatabase(path, read_only=True) as database:
-            winners = database.every(Winner, target, None, problem, candidates=True)
-            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in winners if w.baseline not in _INDUCTOR}
+            winners = [w for w in winners_for(database, target) if problem is None or w.problem == problem]
+            mine = [w for w in winners if w.target == target and w.baseline not in _INDUCTOR]
+            kinds = {w: database.baselines(target, w.problem, w.tokens) for w in mine}
     except AbsentDatabaseError:
         return SharedDatabase(path)
     compared = {(str(w.problem), w.tokens) for w, baselines in kinds.items() if _INDUCTOR.intersection(baselines)}

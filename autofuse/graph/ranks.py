@@ -34,7 +34,7 @@ class SharedDatabase:
     Attributes:
         path: where the rank that read it found it.
         present: whether it was there.
-        winners: of the target, stale ones and candidates too.
+        winners: of the target, stale ones and candidates too, and of other GPUs of its arch.
         compared: (problem, tokens) of winners whose best baseline is eager, and that were compared with Inductor's code
             as well.
     """
@@ -61,8 +61,8 @@ class SharedDatabase:
 
     def with_newer(self, newer: SharedDatabase) -> SharedDatabase:
         """Both; of the same bucket the newer winner."""
-        buckets = {(winner.problem, winner.tokens): winner for winner in (*self.winners, *newer.winners)}
-        winners = sorted(buckets.values(), key=lambda winner: (str(winner.problem), winner.tokens))
+        buckets = {(w.target, w.problem, w.tokens): w for w in (*self.winners, *newer.winners)}
+        winners = sorted(buckets.values(), key=lambda w: (str(w.target), str(w.problem), w.tokens))
         return replace(
             self, present=self.present or newer.present, winners=tuple(winners), compared=self.compared | newer.compared
         )

@@ -30,7 +30,7 @@ VERDICTS: Mapping[str, str] = {
 
 _VERDICT_OF_RULE = {
     **dict.fromkeys(("exact", "between", "nearest", "range"), "slower"),
-    "candidate": "untuned",
+    **dict.fromkeys(("candidate", "same_arch"), "untuned"),
     "level": "off",
 }
 

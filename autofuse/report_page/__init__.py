@@ -2,5 +2,6 @@
 
 from autofuse.report_page.content import Bucket, Curve, Report, gather
 from autofuse.report_page.page import html_page
+from autofuse.report_page.peers import Peers, load_peers
 
-__all__ = ["Bucket", "Curve", "Report", "gather", "html_page"]
+__all__ = ["Bucket", "Curve", "Peers", "Report", "gather", "html_page", "load_peers"]

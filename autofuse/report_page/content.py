@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from autofuse.cache_db import Baseline, FormerWinner, Trial, TunedDatabase, Winner
+from autofuse.cache_db import Baseline, FormerWinner, Trial, TunedDatabase, Winner, is_stale
 from autofuse.errors import AutofuseError
 from autofuse.ops import OPS, Problem
+from autofuse.report_page.peers import Peers, Times
+from autofuse.report_page.worth import Worth, worths
 from autofuse.targets import Target
 
 __all__ = ["Bucket", "Curve", "Failure", "Limit", "Report", "every_tokens", "gather"]
@@ -60,11 +62,18 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Curve:
-    """The buckets of one problem on one target, by T."""
+    """The buckets of one problem on one target, by T.
+
+    Attributes:
+        peers: name of another library's kernel → T → its recorded time in µs.
+        worths: what each tunable is worth; empty where too few configs were timed.
+    """
 
     target: Target
     problem: Problem
     buckets: tuple[Bucket, ...]
+    peers: Times = field(default_factory=dict)
+    worths: tuple[Worth, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,13 @@ class Report:
     history: tuple[FormerWinner, ...]
 
 
-def gather(database: TunedDatabase, state_of: Callable[[Winner], str]) -> Report:
-    """Reads what there is to report. Raises DatabaseError."""
+def gather(database: TunedDatabase, state_of: Callable[[Winner], str], peers: Sequence[Peers] = ()) -> Report:
+    """Reads what there is to report. Raises DatabaseError.
+
+    Args:
+        state_of: what speaks against using a winner; "" where nothing does.
+        peers: what was recorded of other libraries; shown where device and problem are the same.
+    """
     winners = database.every(Winner, candidates=True)
     baselines: dict[tuple[object, ...], dict[str, float]] = {}
     for one in database.every(Baseline):
@@ -111,12 +125,27 @@ def gather(database: TunedDatabase, state_of: Callable[[Winner], str]) -> Report
         known = baselines.get((winner.target, winner.problem, winner.tokens), {winner.baseline: winner.baseline_us})
         bucket = Bucket(winner, known, floor, state_of(winner))
         groups.setdefault((winner.target, winner.problem), []).append(bucket)
-    curves = tuple(Curve(*key, tuple(buckets)) for key, buckets in groups.items())
     trials = database.every(Trial)
+    by_kernel: dict[tuple[object, ...], list[Trial]] = {}
+    for trial in trials:
+        by_kernel.setdefault((trial.target, trial.problem, trial.source_hash), []).append(trial)
+    curves = []
+    for (target, problem), buckets in groups.items():
+        last = max((bucket.winner for bucket in buckets), key=lambda winner: (not is_stale(winner), winner.measured_at))
+        present = by_kernel.get((target, problem, last.source_hash), ())
+        curves.append(Curve(target, problem, tuple(buckets), _peers(target, problem, peers), worths(present)))
     failures = Counter((t.target, t.problem.op, t.status, t.message) for t in trials if t.failed)
     examples = {(t.target, t.problem.op, t.status, t.message): str(t.config) for t in trials}
     listed = tuple(Failure(*key, count, examples[key]) for key, count in failures.most_common())
-    return Report(str(database.path), len(trials), curves, limits, listed, tuple(database.history()))
+    return Report(str(database.path), len(trials), tuple(curves), limits, listed, tuple(database.history()))
+
+
+def _peers(target: Target, problem: Problem, peers: Iterable[Peers]) -> Times:
+    found: dict[str, Mapping[int, float]] = {}
+    for known in peers:
+        if known.device == target.device_name:
+            found.update(known.times.get(problem, {}))
+    return found
 
 
 def _limits(winners: Iterable[Winner]) -> dict[Target, Limit]:

@@ -39,6 +39,13 @@ class Target:
     def vendor(self) -> str:
         return {"cuda": "NVIDIA", "hip": "AMD"}.get(self.kind, "CPU")
 
+    def same_arch(self, other: Target) -> bool:
+        """Whether it is another GPU that runs the same machine code, within the same limits on a block's registers and
+        shared memory: an H100 and an H200. They differ in memory, clocks and the number of multiprocessors, so a
+        config of one works on the other, and may be slower there. CPUs of one arch differ in more, and are not alike.
+        """
+        return self != other and self.kind == other.kind != "cpu" and self.arch == other.arch
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """Reads the canonical form back. Raises BadInput."""
