@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autofuse.paths import cache_folder
+from autofuse.targets import cpu
 from hf_models import HIDDEN, KV_RANK, Q_RANK, ROPE, VOCABULARY, decoder, deepseek, dynamic_cache, static_cache
 from without_code import interpret, without_code_generation
 
@@ -101,10 +103,21 @@ def post_grad_graph(
 
 
 def isolate(monkeypatch: Any, folder: Path, shared: Path | None = None) -> None:
-    """Keeps all caches and the database of a test in ``folder``; compiled kernels and reports in ``shared``."""
+    """Keeps a test's caches and database in ``folder``; reports in ``shared``, with the kernels that the run compiled.
+
+    This process compiles kernels for the CPU without optimising, where it is the graph that is tested, not its kernels:
+    with so few tokens a compiler takes more time than it saves.
+    """
+    if shared is not None:
+        kernels, link = cache_folder() / "kernels", shared / "autofuse" / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True)
+            link.symlink_to(kernels)
     for name, value in {
         "XDG_CACHE_HOME": shared or folder / "cache",
         "AUTOFUSE_DB": folder / "tuned.db",
         "TORCHINDUCTOR_CACHE_DIR": folder / "inductor",
     }.items():
         monkeypatch.setenv(name, os.fspath(value))
+    monkeypatch.setattr(cpu, "_FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu._FLAGS))
