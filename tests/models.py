@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compiling import compile_unoptimised
 from torch import nn
 
 from autofuse.paths import cache_folder
-from autofuse.targets import cpu
 from hf_models import HIDDEN, KV_RANK, Q_RANK, ROPE, VOCABULARY, decoder, deepseek, dynamic_cache, static_cache
 from without_code import interpret, without_code_generation
 
@@ -105,8 +105,7 @@ def post_grad_graph(
 def isolate(monkeypatch: Any, folder: Path, shared: Path | None = None) -> None:
     """Keeps a test's caches and database in ``folder``; reports in ``shared``, with the kernels that the run compiled.
 
-    This process compiles kernels for the CPU without optimising, where it is the graph that is tested, not its kernels:
-    with so few tokens a compiler takes more time than it saves.
+    It is the graph that is tested, not its kernels: these are not optimised.
     """
     if shared is not None:
         kernels, link = cache_folder() / "kernels", shared / "autofuse" / "kernels"
@@ -120,4 +119,4 @@ def isolate(monkeypatch: Any, folder: Path, shared: Path | None = None) -> None:
         "TORCHINDUCTOR_CACHE_DIR": folder / "inductor",
     }.items():
         monkeypatch.setenv(name, os.fspath(value))
-    monkeypatch.setattr(cpu, "_FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu._FLAGS))
+    compile_unoptimised(monkeypatch)
