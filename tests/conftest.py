@@ -17,8 +17,8 @@ from tiny_effort import TINY
 
 collect_ignore = ["faulty"]  # importing its op, as doctests do, would make it one of everybody's
 
-# Compiled kernels are shared by all tests of a run, its workers, and the processes that tests start; nothing of a user's
-# is read or written.
+# Compiled kernels are shared by all tests of a run, its workers, and the processes that tests start; nothing of a
+# user's is read or written.
 _OWNED = "AUTOFUSE_TESTS_CACHE" not in os.environ
 _CACHE = Path(os.environ.get("AUTOFUSE_TESTS_CACHE") or tempfile.mkdtemp(prefix="autofuse-tests-"))
 os.environ["AUTOFUSE_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = str(_CACHE)
