@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,20 +30,20 @@ from autofuse.targets import target_of
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Event, TrialDone, tune_buckets
 from autofuse.tuner.queue import Bucket
+from tiny_effort import TINY
 
 CPU = torch.device("cpu")
 TOKENS = (1, 16)
-EFFORT = Effort(
+# Races decide here: a trial that is pruned must not be lost either.
+EFFORT = replace(
+    TINY,
     exhaustive_up_to=0,
     trials=8,
     startup_trials=4,
     batch=4,
     trial_rounds=3,
-    finalists=2,
-    final_rounds=5,
-    round_us=200.0,
+    race_margin=Effort.race_margin,
     cpu_round_us=200.0,
-    ring_bytes=1,
     attempts=1,
 )
 LONGEST_RUN_S = 600.0

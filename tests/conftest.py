@@ -13,17 +13,21 @@ import torch
 
 import autofuse.kernels_src
 from autofuse.tuner.budgets import Effort
+from tiny_effort import TINY
 
 collect_ignore = ["faulty"]  # importing its op, as doctests do, would make it one of everybody's
 
-# Compiled kernels are shared by all tests of a run; nothing of a user's is read or written.
-_CACHE = Path(tempfile.mkdtemp(prefix="autofuse-tests-"))
-os.environ["XDG_CACHE_HOME"] = str(_CACHE)
+# Compiled kernels are shared by all tests of a run, its workers, and the processes that tests start; nothing of a
+# user's is read or written.
+_OWNED = "AUTOFUSE_TESTS_CACHE" not in os.environ
+_CACHE = Path(os.environ.get("AUTOFUSE_TESTS_CACHE") or tempfile.mkdtemp(prefix="autofuse-tests-"))
+os.environ["AUTOFUSE_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = str(_CACHE)
 os.environ["AUTOFUSE_DB"] = str(_CACHE / "tuned.db")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if _OWNED:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,21 +55,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def tiny() -> Effort:
     """Budgets that end within seconds and measure nothing well."""
-    return Effort(
-        exhaustive_up_to=4,
-        trials=4,
-        startup_trials=2,
-        batch=2,
-        trial_rounds=2,
-        race_margin=1e9,  # rounds that short tell nothing
-        finalists=2,
-        final_rounds=4,
-        round_us=50.0,
-        cpu_round_us=50.0,
-        warmup_rounds=1,
-        ring_bytes=1,
-        verify_seeds=1,
-    )
+    return TINY
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compiling import compile_unoptimised
 from torch import nn
 
+from autofuse.paths import cache_folder
 from hf_models import HIDDEN, KV_RANK, Q_RANK, ROPE, VOCABULARY, decoder, deepseek, dynamic_cache, static_cache
 from without_code import interpret, without_code_generation
 
@@ -101,10 +103,20 @@ def post_grad_graph(
 
 
 def isolate(monkeypatch: Any, folder: Path, shared: Path | None = None) -> None:
-    """Keeps all caches and the database of a test in ``folder``; compiled kernels and reports in ``shared``."""
+    """Keeps a test's caches and database in ``folder``; reports in ``shared``, with the kernels that the run compiled.
+
+    It is the graph that is tested, not its kernels: these are not optimised.
+    """
+    if shared is not None:
+        kernels, link = cache_folder() / "kernels", shared / "autofuse" / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True)
+            link.symlink_to(kernels)
     for name, value in {
         "XDG_CACHE_HOME": shared or folder / "cache",
         "AUTOFUSE_DB": folder / "tuned.db",
         "TORCHINDUCTOR_CACHE_DIR": folder / "inductor",
     }.items():
         monkeypatch.setenv(name, os.fspath(value))
+    compile_unoptimised(monkeypatch)

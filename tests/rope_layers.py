@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import vllm_standins  # noqa: F401  (registers vLLM's operators)
-from rope_dialects import vllm_neox
+from rope_dialects import hugging_face, hugging_face_interleaved, vllm_gptj, vllm_neox
 from torch import nn
 
 HIDDEN, H, KV, D, P = 64, 4, 2, 16, 64
 LATENT, ROPE, NOPE = 64, 16, 32
 BLOCKS, BLOCK = 4, 8
+T = 6  # tokens, where it does not matter how many
 
 
 def _parameter(*sizes, dtype):
@@ -131,6 +132,17 @@ def rotate_in_place(dialect):
     return rotate
 
 
+MLA_ROTATIONS = {
+    "operator": rotate_by_operator,
+    "cat": rotate_by_cat(vllm_gptj),
+    "in place": rotate_in_place(vllm_gptj),
+    "NeoX": rotate_by_cat(hugging_face),
+    "halves out": rotate_by_cat(hugging_face_interleaved),
+    "halves out in place": rotate_in_place(hugging_face_interleaved),
+}
+"""Name → ``rotate`` of an MLA layer."""
+
+
 def mla_operator(cache, slots, kv_c, k_pe):
     one = torch.ones(1, device=kv_c.device)
     torch.ops._C_cache_ops.concat_and_cache_mla(kv_c, k_pe.squeeze(1), cache, slots, "auto", one)
@@ -144,3 +156,10 @@ def latents(tokens, dtype=torch.bfloat16):
     """(cache, slots)"""
     torch.manual_seed(1)
     return torch.randn(BLOCKS, BLOCK, LATENT + ROPE, dtype=dtype), torch.randperm(BLOCKS * BLOCK)[:tokens]
+
+
+def hidden(*sizes, dtype=torch.bfloat16):
+    """What a layer is called with besides its cache: x [*sizes, HIDDEN] and positions, of T tokens unless given."""
+    torch.manual_seed(2)
+    sizes = sizes or (T,)
+    return torch.randn(*sizes, HIDDEN, dtype=dtype), torch.randint(0, P, sizes)

@@ -9,22 +9,22 @@ import pytest
 import torch
 import vllm_standins
 from deciding import tuned, winner_of
+from like_eager import assert_like_eager
 from models import isolate, post_grad_graph, without_code_generation
-from rope_dialects import hugging_face, hugging_face_interleaved, vllm_gptj
+from rope_dialects import vllm_gptj
 from rope_layers import (
-    HIDDEN,
     LATENT,
+    MLA_ROTATIONS,
     NOPE,
     ROPE,
     H,
     Mla,
-    P,
+    T,
+    hidden,
     latents,
     mla_flat,
     mla_operator,
     rotate_by_cat,
-    rotate_by_operator,
-    rotate_in_place,
 )
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -41,7 +41,6 @@ ABSORBED, WITHOUT = "mla_q_absorb_rope_kv_cache", "mla_rope_kv_cache_cat"
 OP = torch.ops.autofuse.mla_q_absorb_rope_kv_cache.default
 aten = torch.ops.aten
 DTYPE = torch.bfloat16
-T = 6
 FUSE = {"autofuse.level": "O3", "autofuse.untuned": "fuse"}
 
 
@@ -112,12 +111,6 @@ class Absorbing(Mla):
         self.write(cache, slots, kv_c.flatten(0, -2) * 2, k_pe.flatten(0, -3))
         others = [] if self.also is None else self.also(nope, q, w_uk)
         return torch.cat([nope, q_pe], dim=-1) * 2, cache * 2, *others
-
-
-def hidden(*sizes, dtype=DTYPE):
-    torch.manual_seed(2)
-    sizes = sizes or (T,)
-    return torch.randn(*sizes, HIDDEN, dtype=dtype), torch.randint(0, P, sizes)
 
 
 def graph_of(model, tokens=T, **options):
@@ -225,24 +218,10 @@ def test_a_weight_that_the_graph_writes_is_read_before_that_and_is_not_constant(
 def assert_fused(model, args=None, cache=None, dynamic=False, options=FUSE, op=ABSORBED, run=None, tolerance=2e-2):
     """One site is fused into ``op``; results and cache are those of eager. Returns the site's report."""
     args, cache = args or hidden(), cache or latents(T)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    expected_cache, fused_cache = ([value.clone() for value in cache] for _ in range(2))
-    with torch.no_grad():
-        expected = model(*args, *expected_cache)
-        model.load_state_dict(weights)
-        compiled = torch.compile(model, backend="autofuse", dynamic=dynamic, options=options)
-        if run is None:
-            with without_code_generation():
-                results = compiled(*args, *fused_cache)
-        else:
-            torch._dynamo.reset()
-            results = run(compiled, *args, *fused_cache)
+    eager, fused = assert_like_eager(model, args, cache, options=options, dynamic=dynamic, run=run, tolerance=tolerance)
     (site,) = [site for site in last_reports()[-1].sites if site.fused]
     assert site.op == op, last_reports()[-1]
-    for result, right in zip([*results, *fused_cache], [*expected, *expected_cache], strict=True):
-        assert (result.shape, result.dtype) == (right.shape, right.dtype)
-        torch.testing.assert_close(result, right, atol=tolerance, rtol=tolerance)
-    assert_written_alike(cache[0], expected_cache[0], fused_cache[0])
+    assert_written_alike(cache[0], eager[0], fused[0])
     return site
 
 
@@ -256,20 +235,10 @@ def assert_written_alike(before, expected, fused):
     assert torch.equal(bits[2][:, :width], bits[1][:, :width])
 
 
-ROTATIONS = {
-    "operator": rotate_by_operator,
-    "cat": rotate_by_cat(vllm_gptj),
-    "in place": rotate_in_place(vllm_gptj),
-    "NeoX": rotate_by_cat(hugging_face),
-    "halves out": rotate_by_cat(hugging_face_interleaved),
-    "halves out in place": rotate_in_place(hugging_face_interleaved),
-}
-
-
 @pytest.mark.parametrize("write", [mla_operator, mla_flat], ids=named)
-@pytest.mark.parametrize("rotate", ROTATIONS)
+@pytest.mark.parametrize("rotate", MLA_ROTATIONS)
 def test_a_layer_that_multiplies_what_it_has_rotated(rotate, write):
-    site = assert_fused(Mla(ROTATIONS[rotate], write))
+    site = assert_fused(Mla(MLA_ROTATIONS[rotate], write))
     assert f"qk_nope_dim={NOPE}" in site.problem
     assert ("deinterleave=1" in site.problem) == ("halves out" in rotate)
 

@@ -18,16 +18,17 @@ from rope_dialects import (
 )
 from rope_layers import (
     BLOCK,
-    HIDDEN,
     KV,
     D,
     Gqa,
     GqaOperators,
     H,
     P,
+    T,
     by_block,
     by_head,
     flat,
+    hidden,
     operator,
     paged,
 )
@@ -38,7 +39,6 @@ from autofuse.graph.fusions.rope_kv_cache import RopeKvCache
 from autofuse.graph.recognise import recognise
 from autofuse.graph.report_store import last_reports
 
-T = 6
 FUSE = {"autofuse.untuned": "fuse"}
 OP = torch.ops.autofuse.rope_kv_cache.default
 WRITES = torch.ops.higher_order.auto_functionalized_v2
@@ -47,11 +47,6 @@ WRITES = torch.ops.higher_order.auto_functionalized_v2
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path, tmp_path_factory):
     isolate(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "cache")
-
-
-def hidden(tokens=T, dtype=torch.bfloat16):
-    torch.manual_seed(2)
-    return torch.randn(tokens, HIDDEN, dtype=dtype), torch.randint(0, P, (tokens,))
 
 
 def sites_of(function, *args, **options):

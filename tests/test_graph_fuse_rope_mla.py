@@ -6,22 +6,24 @@ import re
 
 import pytest
 import torch
-from models import isolate, post_grad_graph, without_code_generation
-from rope_dialects import hugging_face, hugging_face_interleaved, vllm_gptj, vllm_neox
+from like_eager import assert_like_eager
+from models import isolate, post_grad_graph
+from rope_dialects import vllm_gptj, vllm_neox
 from rope_layers import (
     HIDDEN,
     LATENT,
+    MLA_ROTATIONS,
     NOPE,
     ROPE,
     H,
     Mla,
-    P,
+    T,
+    hidden,
     latents,
     mla_flat,
     mla_operator,
     rotate_by_cat,
     rotate_by_operator,
-    rotate_in_place,
 )
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -31,16 +33,7 @@ from autofuse.graph.fusions.rope_kv_cache import RopeKvCache
 from autofuse.graph.recognise import recognise
 from autofuse.graph.report_store import last_reports
 
-T = 6
 FUSE = {"autofuse.untuned": "fuse"}
-ROTATIONS = {
-    "operator": rotate_by_operator,
-    "cat": rotate_by_cat(vllm_gptj),
-    "in place": rotate_in_place(vllm_gptj),
-    "NeoX": rotate_by_cat(hugging_face),
-    "halves out": rotate_by_cat(hugging_face_interleaved),
-    "halves out in place": rotate_in_place(hugging_face_interleaved),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -55,39 +48,21 @@ def _version(request):
         yield
 
 
-def hidden(tokens=T, dtype=torch.bfloat16):
-    torch.manual_seed(2)
-    return torch.randn(tokens, HIDDEN, dtype=dtype), torch.randint(0, P, (tokens,))
-
-
 def assert_fused(model, args, cache, run=None, dynamic=None, tolerance=2e-2):
     """One site is fused, and results and cache are those of eager. Returns the site's report."""
-    expected_cache, fused_cache = ([value.clone() for value in cache] for _ in range(2))
-    for marked, plain in zip(cache, fused_cache, strict=True):
-        plain.__dict__.update(marked.__dict__)
-    with torch.no_grad():
-        expected = model(*args, *expected_cache)
-        compiled = torch.compile(model, backend="autofuse", dynamic=dynamic, options=FUSE)
-        if run is None:
-            with without_code_generation():
-                results = compiled(*args, *fused_cache)
-        else:
-            torch._dynamo.reset()
-            results = run(compiled, *args, *fused_cache)
+    assert_like_eager(model, args, cache, options=FUSE, dynamic=dynamic, run=run, tolerance=tolerance)
     (site,) = [site for site in last_reports()[-1].sites if "rope" in site.op and site.rule != "level"]
     assert site.fused, site
     assert site.op == "mla_rope_kv_cache_cat"
-    for result, right in zip([*results, *fused_cache], [*expected, *expected_cache], strict=True):
-        torch.testing.assert_close(result, right, atol=tolerance, rtol=tolerance)
     return site
 
 
 @pytest.mark.usefixtures("_version")
 @pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "whole"])
 @pytest.mark.parametrize("write", [mla_operator, mla_flat], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("rotate", ROTATIONS)
+@pytest.mark.parametrize("rotate", MLA_ROTATIONS)
 def test_a_layer_in_every_form(rotate, write, absorbed):
-    site = assert_fused(Mla(ROTATIONS[rotate], write, absorbed), hidden(), latents(T))
+    site = assert_fused(Mla(MLA_ROTATIONS[rotate], write, absorbed), hidden(), latents(T))
     assert f"nope_dim={LATENT if absorbed else NOPE}," in site.problem
     assert f"rope_dim={ROPE},latent_dim={LATENT},neox={int(rotate == 'NeoX')}" in site.problem
     assert "cache=auto" in site.problem
@@ -121,7 +96,7 @@ def test_dynamic_tokens(rotate):
     args, cache = hidden(), latents(T)
     for tensor in (*args, cache[1]):
         torch._dynamo.mark_dynamic(tensor, 0)
-    site = assert_fused(Mla(ROTATIONS[rotate], mla_flat), args, cache)
+    site = assert_fused(Mla(MLA_ROTATIONS[rotate], mla_flat), args, cache)
     assert site.tokens == "2…∞"
 
 
@@ -138,7 +113,7 @@ def test_without_a_cache():
             _, k_pe = (x @ self.w_kv).split([LATENT, ROPE], dim=-1)
             return [each * 2 for each in self.rotate(q, k_pe.unsqueeze(1), self.table, positions)]
 
-    for rotate in ROTATIONS.values():
+    for rotate in MLA_ROTATIONS.values():
         site = assert_fused(NoCache(rotate, None), hidden(), [])
         assert "cache=none" in site.problem
 

@@ -81,12 +81,20 @@ struct Barrier {
     int threads, arrived;
 };
 
+// The lanes of a warp that wait at an exchange, and for what; `alike`: all of them for the first one's lanes, at its call.
+struct Warp {
+    LaneMask waiting, mask;
+    const char* what;
+    bool alike;
+};
+
 constexpr int BARRIERS = 16, MAX_CLUSTER = 16;
 constexpr int CLUSTER_BARRIER = MAX_CLUSTER * BARRIERS;
 
 unsigned thread_count, current;  // of the cluster
 unsigned long shared_bytes;
 Thread* threads;
+Warp* warps;
 char* stacks;
 Barrier barriers[CLUSTER_BARRIER + 1];  // BARRIERS for each block, and the cluster's
 Context scheduler;
@@ -167,25 +175,31 @@ const LaneMask* emulated_gather(LaneMask mask, LaneMask value, const char* what)
     if (emulated_warp_size < 64 && mask >> emulated_warp_size)
         emulated_error("%s with mask 0x%llx, of more than %d lanes", what, mask, emulated_warp_size);
     me.state = AT_EXCHANGE, me.mask = mask, me.brought = value, me.what = what;
-    LaneMask missing = mask, values[64] = {};
-    for (int other = 0; other < emulated_warp_size; ++other) {
-        if (!(mask >> other & 1) || first + other >= thread_count) continue;
+    Warp& warp = warps[current / emulated_warp_size];
+    if (!warp.waiting) warp.mask = mask, warp.what = what, warp.alike = true;
+    warp.alike &= mask == warp.mask && what == warp.what;
+    for (LaneMask others = warp.alike ? 0 : warp.waiting & mask; others; others &= others - 1) {
+        const int other = __builtin_ctzll(others);
         const Thread& thread = threads[first + other];
-        if (thread.state != AT_EXCHANGE) continue;
         if (thread.mask != mask || thread.what != what)
             emulated_error("lane %d is at %s with mask 0x%llx, lane %d at %s with mask 0x%llx", lane, what, mask, other,
                            thread.what, thread.mask);
-        missing &= ~(1ull << other);
-        values[other] = thread.brought;
     }
-    if (missing) {
+    warp.waiting |= 1ull << lane;
+    if (mask & ~warp.waiting) {
         yield();
         return me.lanes;
     }
-    for (int other = 0; other < emulated_warp_size; ++other) {
-        if (!(mask >> other & 1)) continue;
-        memcpy(threads[first + other].lanes, values, sizeof values);
-        threads[first + other].state = READY;
+    warp.waiting &= ~mask;
+    LaneMask values[64] = {};
+    for (LaneMask lanes = mask; lanes; lanes &= lanes - 1) {
+        const int other = __builtin_ctzll(lanes);
+        values[other] = threads[first + other].brought;
+    }
+    for (LaneMask lanes = mask; lanes; lanes &= lanes - 1) {
+        Thread& thread = threads[first + __builtin_ctzll(lanes)];
+        memcpy(thread.lanes, values, emulated_warp_size * sizeof(LaneMask));
+        thread.state = READY;
     }
     return me.lanes;
 }
@@ -243,6 +257,7 @@ void set_launch(unsigned blocks, unsigned long dynamic_shared_bytes) {
     thread_count = unsigned(emulated_threads) * unsigned(emulated_cluster);
     shared_bytes = dynamic_shared_bytes;
     threads = static_cast<Thread*>(calloc(thread_count, sizeof(Thread)));
+    warps = static_cast<Warp*>(calloc(thread_count / emulated_warp_size + 1, sizeof(Warp)));
     if (emulated_cluster > MAX_CLUSTER || blocks % emulated_cluster)
         emulated_error("%u blocks are not launched in clusters of %d", blocks, emulated_cluster);
     if (emulated_cluster > 1 && __start_emulated_shared != __stop_emulated_shared)
@@ -258,6 +273,7 @@ void set_launch(unsigned blocks, unsigned long dynamic_shared_bytes) {
 void run_cluster(unsigned index, Order order, bool programmatic, const void* params) {
     kernel_params = params;
     for (Barrier& barrier : barriers) barrier = {0, 0};
+    memset(warps, 0, (thread_count / emulated_warp_size + 1) * sizeof(Warp));
     // Shared memory starts as NaN: what is read before it is written shows.
     for (char* byte = __start_emulated_shared; byte < __stop_emulated_shared; ++byte) *byte = char(0xff);
     for (int rank = 0; rank < emulated_cluster; ++rank)
