@@ -11,7 +11,7 @@ from autofuse.errors import BadInput
 from autofuse.ops import Config, get_op
 from autofuse.tuner.budgets import EFFORTS, Effort, effort
 from autofuse.tuner.measure import Timing, gain
-from autofuse.tuner.search import ExhaustiveSearch, Search, TpeSearch, search_for
+from autofuse.tuner.search import ExhaustiveSearch, Search, TpeSearch, search_in
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
@@ -27,7 +27,7 @@ def pretended_time(config: Config) -> float:
 
 def new_search(known: Mapping[Config, float | None] | None = None, seed: int = 0, effort: Effort = EFFORT) -> Search:
     default = NORMS.default_config("cuda", PROBLEM, TOKENS)
-    return search_for(SPACE, PROBLEM, TOKENS, known or {}, [default], effort, seed)
+    return search_in(SPACE, PROBLEM, TOKENS, known or {}, [default], effort, seed)
 
 
 def run(search: Search) -> dict[Config, float]:
@@ -76,7 +76,7 @@ def test_failed_configs_are_not_proposed_again() -> None:
 def test_an_exhaustive_search_proposes_every_config_that_is_not_known() -> None:
     everything = list(SPACE.configs(PROBLEM, 1))
     known = dict.fromkeys(everything[:3], 1.0)
-    search = search_for(SPACE, PROBLEM, 1, known, [], replace(EFFORT, exhaustive_up_to=len(everything)), 0)
+    search = search_in(SPACE, PROBLEM, 1, known, [], replace(EFFORT, exhaustive_up_to=len(everything)), 0)
     assert search.total == len(everything) - 3
     assert list(run(search)) == everything[3:]
 
@@ -99,7 +99,7 @@ def test_the_last_trials_change_one_tunable_of_the_best() -> None:
 def test_what_is_tried_first_is_tried_even_by_a_search_that_was_nearly_done() -> None:
     known = dict(list(run(new_search(seed=3)).items())[:36])
     best_elsewhere = next(config for config in SPACE.configs(PROBLEM, TOKENS) if config not in known)
-    search = search_for(SPACE, PROBLEM, TOKENS, known, [best_elsewhere], EFFORT, 0)
+    search = search_in(SPACE, PROBLEM, TOKENS, known, [best_elsewhere], EFFORT, 0)
     assert next(iter(run(search))) == best_elsewhere
 
 

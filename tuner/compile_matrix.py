@@ -10,7 +10,7 @@ from itertools import groupby
 
 from autofuse.errors import CompileError
 from autofuse.models import PRESETS
-from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.ops import Config, FusedOp, KernelSource, Problem, get_op
 from autofuse.ops.drawing import Coverage
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
 from autofuse.tuner.compile_ahead import compile_pool
@@ -67,7 +67,11 @@ def jobs_for(arches: Sequence[str], ops: Sequence[FusedOp], dtype: str, configs:
         for op in ops:
             if kind in op.kernels:
                 if (kind, op.name) not in chosen:
-                    chosen[kind, op.name] = list(_kernels(kind, op, dtype, configs))
+                    chosen[kind, op.name] = [
+                        pair
+                        for kernel in op.kernel_sources(kind)
+                        for pair in _kernels(kind, op, kernel, dtype, configs)
+                    ]
                 jobs += [Job(arch, problem, config) for problem, config in chosen[kind, op.name]]
     return jobs
 
@@ -100,12 +104,14 @@ def _outcome(job: Job, spec: KernelSpec, artifact: Artifact) -> Outcome:
     return Outcome(job, artifact, skipped=skipped, shared_bytes=shared_bytes)
 
 
-def _kernels(kind: str, op: FusedOp, dtype: str, configs: int) -> Iterator[tuple[Problem, Config]]:
+def _kernels(
+    kind: str, op: FusedOp, kernel: KernelSource, dtype: str, configs: int
+) -> Iterator[tuple[Problem, Config]]:
     source = random.Random(f"{op.name} {kind}")
-    space = op.kernel_source(kind).space
+    space = kernel.space
     coverage = Coverage(space, source)
     for problem in _problems(op, dtype):
-        chosen = list(dict.fromkeys(op.default_config(kind, problem, tokens) for tokens in _TOKENS))[:configs]
+        chosen = list(dict.fromkeys(kernel.default(problem, tokens) for tokens in _TOKENS))[:configs]
         for config in chosen:
             coverage.take(config)
 

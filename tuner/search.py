@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import optuna
 
-from autofuse.ops import Config, Problem, SearchSpace
+from autofuse.ops import Config, KernelSource, Problem, SearchSpace
+from autofuse.ops.languages import language_of
 from autofuse.tuner.budgets import Effort
 
-__all__ = ["ExhaustiveSearch", "Search", "TpeSearch", "search_for"]
+__all__ = ["ExhaustiveSearch", "LanguageSearch", "Search", "TpeSearch", "search_for", "search_in"]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn whenever TPE has too few trials for a model
 logger = logging.getLogger("autofuse.tuner")
@@ -181,7 +182,53 @@ class TpeSearch(Search):
                     yield near
 
 
+class LanguageSearch(Search):
+    """The kernel's language as the first choice of all: a search in each language's own space, batch by batch in turns.
+
+    Each gets a whole effort of trials. What was measured in one language says nothing of the tunables of another, and
+    whether a language wins only shows when its own best is found: a sampler that shared the trials out by early luck
+    would make the old kernel's search worse and the new one's result doubtful.
+
+    Args:
+        searches: language → its search.
+    """
+
+    def __init__(self, searches: Mapping[str, Search]) -> None:
+        self._searches = searches
+        self.total = sum(search.total for search in searches.values())
+
+    def batches(self) -> Iterator[list[Config]]:
+        waiting = [search.batches() for search in self._searches.values()]
+        while waiting:
+            for batches in list(waiting):
+                if batch := next(batches, None):
+                    yield batch
+                else:
+                    waiting.remove(batches)
+
+    def tell(self, config: Config, time_us: float | None) -> None:
+        self._searches[language_of(config)].tell(config, time_us)
+
+
 def search_for(
+    kernels: Sequence[KernelSource],
+    problem: Problem,
+    tokens: int,
+    known: Mapping[Config, float | None],
+    first: Sequence[Config],
+    effort: Effort,
+    seed: int,
+    wanted: Sequence[Config] = (),
+) -> Search:
+    """The search for a bucket, in each of the op's ``kernels``. Other arguments as for TpeSearch."""
+    searches = {}
+    for kernel in kernels:
+        mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
+        searches[kernel.language] = search_in(kernel.space, problem, tokens, mine, first, effort, seed, wanted)
+    return LanguageSearch(searches)
+
+
+def search_in(
     space: SearchSpace,
     problem: Problem,
     tokens: int,

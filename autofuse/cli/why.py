@@ -61,11 +61,11 @@ def why(
     problem = _problem(chosen, keys or [], model)
     low, high = _range(tokens)
     target = target_of(parse_device(device))
-    source_hash = chosen.source_hash(target.kind)
+    source_hashes = chosen.source_hashes(target.kind)
     snapshot = Snapshot.load(database, target)
-    lines = explain_lookup(snapshot, problem, low, high, source_hash)
+    lines = explain_lookup(snapshot, problem, low, high, *source_hashes)
     if json:
-        answer = snapshot.lookup(problem, low, high, source_hash)
+        answer = snapshot.lookup(problem, low, high, *source_hashes)
         facts = {
             "target": target,
             "problem": problem,

@@ -193,7 +193,7 @@ class Decider:
             return Decision(None, "target", str(error), problem)
 
     def _by_measurement(self, op: FusedOp, problem: Problem, site: Site, known: Knowledge, target: Target) -> Decision:
-        key = Key(target, problem, *token_range(site.tokens), op.source_hash(target.kind))
+        key = Key(target, problem, *token_range(site.tokens), op.source_hashes(target.kind))
         lookup = self._lookup(known, key)
         if not lookup.winners and self.settings.untuned == "tune":
             lookup = self._tuned(key, site.device, lookup)
@@ -203,7 +203,7 @@ class Decider:
         if self.settings.untuned == "fuse":
             buckets = _default_buckets(op, target.kind, problem, key.tokens_low, key.tokens_high)
             reason = f"{lookup.reason}; autofuse.untuned is 'fuse': default config"
-            return replace(decision, plan=Plan(target.arch, problem, buckets, key.source_hash), reason=reason)
+            return replace(decision, plan=_plan(op, key, buckets), reason=reason)
         if known.snapshot is not None:
             self._captured[key.captured] = None
         reason = "; ".join(filter(None, (lookup.reason, self._evidence.failures(key))))
@@ -228,7 +228,7 @@ class Decider:
             return decision
         unfused = ", ".join(f"T={tokens}" for tokens, config in buckets if config is None)
         reason = f"{lookup.reason}; unfused where it is not faster: {unfused}" if unfused else lookup.reason
-        return replace(decision, plan=Plan(key.target.arch, key.problem, buckets, key.source_hash), reason=reason)
+        return replace(decision, plan=_plan(op, key, buckets), reason=reason)
 
     def _only_eager(self, lookup: Lookup, known: Knowledge) -> Winner | None:
         assert known.snapshot is not None, "winners are of a snapshot"
@@ -240,7 +240,7 @@ class Decider:
         if known.snapshot is None:
             warn_once(f"autofuse cannot read what was tuned: {known.fault}")
             return Lookup("untuned", (), known.fault)
-        return known.snapshot.lookup(key.problem, key.tokens_low, key.tokens_high, key.source_hash)
+        return known.snapshot.lookup(key.problem, key.tokens_low, key.tokens_high, *key.source_hashes)
 
     def _tuned(self, key: Key, device: torch.device, before: Lookup) -> Lookup:
         """Measures what was not measured, if there is time left for it, and looks again."""
@@ -322,6 +322,11 @@ class _Notebook:
 _notebook = _Notebook()
 
 
+def _plan(op: FusedOp, key: Key, buckets: tuple[tuple[int, Config | None], ...]) -> Plan:
+    source = op.plan_source(key.target.kind, (config for _, config in buckets))
+    return Plan(key.target.arch, key.problem, buckets, source)
+
+
 def _static_bucket(lookup: Lookup) -> tuple[tuple[int, Config | None], ...] | None:
     """What one static T runs: the first winner. The others only have a say in whether it is faster."""
     if not lookup.beats_baseline:
@@ -345,8 +350,8 @@ def _range_buckets(op: FusedOp, lookup: Lookup) -> tuple[tuple[int, Config | Non
 
 def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> str | None:
     """Why a winner's config is none that the op has for this problem, as an imported one may be; None if all are."""
-    space = op.kernel_source(kind).space
     for winner in lookup.winners:
+        space = op.kernel_source(kind, winner.config).space
         if (why := space.refusal(winner.config, problem, _MANY_TOKENS)) is not None:
             return (
                 f"the winner at T={winner.tokens}, {winner.config}, is no config of {op.name} for {kind} here: {why}; "
