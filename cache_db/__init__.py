@@ -33,6 +33,7 @@ from autofuse.cache_db.records import (
     winners_digest,
 )
 from autofuse.cache_db.repair import RepairSummary, repair
+from autofuse.cache_db.rivals import Rival, rival_of
 from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Lookup",
     "Provenance",
     "RepairSummary",
+    "Rival",
     "Snapshot",
     "Trial",
     "TunedDatabase",
@@ -67,6 +69,7 @@ __all__ = [
     "preview_import",
     "read_export",
     "repair",
+    "rival_of",
     "usable_export",
     "winners_digest",
 ]

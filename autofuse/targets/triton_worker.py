@@ -65,10 +65,12 @@ def _compiled(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line that says something: Triton quotes the source around its own words."""
+    """What was wrong in the first place: where a function was called in vain, Triton says no more than that."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not re.fullmatch(r"\^+|at \d+:\d+:", line)]
-    worth = next((line for line in reversed(said) if "Error" in line or "error" in line), said[-1] if said else "")
+    worth = next((line for line in reversed(said) if "error" in line.lower()), said[-1] if said else "")
     return f"{type(error).__name__}: {worth}"
 
 
