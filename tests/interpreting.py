@@ -14,7 +14,7 @@ from autofuse.ops.binding import FieldKind
 from autofuse.targets.triton import triton_unavailable
 from autofuse.tuner.verify import verify_call
 
-__all__ = ["interpret", "unavailable", "verify"]
+__all__ = ["interpret", "interpreting", "unavailable", "verify"]
 
 
 def verify(op: FusedOp, problem: Problem, config: Config, args: Sequence[Any]) -> float:
@@ -34,13 +34,19 @@ def interpret(op: FusedOp, problem: Problem, config: Config, args: Sequence[Any]
         _tensor(args, results, field.kind, field.index) if number is None else number
         for field, number in zip(binding.fields, _numbers(op, problem, args, results), strict=True)
     ]
-    interpreter = import_module("triton.runtime.interpreter")
-    interpreter._convert_float = _rounded  # type: ignore[attr-defined]
     spec = op.spec("cuda", problem, config)
     kernel = getattr(import_module(f"autofuse.kernels_src.{spec.source.removesuffix('.py')}"), spec.entry)
+    interpreting(kernel)
     names = kernel.arg_names[len(values) :]
     kernel[(shape.blocks(binding.tokens(args)),)](*values, **{name: spec.defines[name] for name in names})
     return results
+
+
+def interpreting(kernel: Any) -> Any:
+    """``kernel``, whose interpreter now rounds as GPUs do."""
+    interpreter = import_module("triton.runtime.interpreter")
+    interpreter._convert_float = _rounded  # type: ignore[attr-defined]
+    return kernel
 
 
 def _rounded(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
@@ -69,14 +75,18 @@ def _numbers(op: FusedOp, problem: Problem, args: Sequence[Any], results: Sequen
     """The parameters as a launch packs them; None for what is an address."""
     binding = op.binding(problem)
     addresses = (FieldKind.POINTER, FieldKind.RESULT, FieldKind.NOTHING)
-    params = binding.params(args, results)
-    return [None if f.kind in addresses else value for f, value in zip(binding.fields, params, strict=True)]
+    numbers = []
+    for field, value in zip(binding.fields, binding.params(args, results), strict=True):
+        plain = int(value) if field.kind is FieldKind.FLAG else value  # a 32-bit integer, as a launch has it
+        numbers.append(None if field.kind in addresses else plain)
+    return numbers
 
 
 def _tensor(args: Sequence[Any], results: Sequence[torch.Tensor], kind: FieldKind, index: int) -> torch.Tensor:
     if kind is FieldKind.NOTHING:
         return torch.empty(0, dtype=torch.int8)
-    return results[index] if kind is FieldKind.RESULT else args[index]
+    tensor = results[index] if kind is FieldKind.RESULT else args[index]
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ import pytest
 
 from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
 from autofuse.ops import OPS, Config, FusedOp, get_op
-from autofuse.targets import KernelSpec, toolchain
+from autofuse.targets import KernelSpec, kind_of_arch, toolchain
 from autofuse.targets import triton as triton_target
 from autofuse.targets.base import HIDDEN_ARGUMENTS, field_offsets
 from autofuse.targets.triton import argument_pointers, launched, triton_unavailable
+from autofuse.tuner.compile_ahead import compile_pool
 from autofuse.tuner.compile_matrix import jobs_for
 
 needs_triton = pytest.mark.skipif(triton_unavailable() is not None, reason=str(triton_unavailable()))
@@ -32,21 +33,27 @@ def spec(kind: str = "cuda", **changes: int) -> KernelSpec:
 
 
 @pytest.fixture
-def assembly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[KernelSpec, str], str]:
-    """Compiles and gives the assembly."""
+def assemblies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[KernelSpec, str]]:
+    """Of all that is compiled from now on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     check = triton_target._check_launchable
-    seen: list[str] = []
+    seen: list[tuple[KernelSpec, str]] = []
 
     def look(spec: KernelSpec, answer: Any, what: str) -> None:
-        seen.append(answer["assembly"])
+        seen.append((spec, answer["assembly"]))
         check(spec, answer, what)
 
     monkeypatch.setattr(triton_target, "_check_launchable", look)
+    return seen
+
+
+@pytest.fixture
+def assembly(assemblies: list[tuple[KernelSpec, str]]) -> Callable[[KernelSpec, str], str]:
+    """Compiles and gives the assembly."""
 
     def compiled(wanted: KernelSpec, arch: str) -> str:
-        toolchain("hip" if arch.startswith("gfx") else "cuda").compile(wanted, arch)
-        return seen[-1]
+        toolchain(kind_of_arch(arch)).compile(wanted, arch)
+        return assemblies[-1][1]
 
     return compiled
 
@@ -134,6 +141,26 @@ def test_a_cubin_takes_the_fields_as_arguments_and_at_most_the_hidden_ones_more(
     assert 0 <= len(kinds) - 11 <= HIDDEN_ARGUMENTS
     assert set(kinds[11:]) <= {"u64"}
     assert "ld.global.v4.b32" in text
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80", "gfx942"])
+@pytest.mark.parametrize("op", IN_TRITON)
+def test_every_kind_of_problem_compiles(op: FusedOp, arch: str, assemblies: list[tuple[KernelSpec, str]]) -> None:
+    """And what waits for the kernel before touches nothing of it before that."""
+    kind = kind_of_arch(arch)
+    kernel, problems = op.triton_kernels[kind], op.sweep_problems()
+    configs = [Config.of(kernel.default(problem, 64), PDL=int(kind == "cuda")) for problem in problems]
+    specs = [op.spec(kind, problem, config) for problem, config in zip(problems, configs, strict=True)]
+    with compile_pool(kind, arch) as pool:
+        artifacts = [future.result() for future in pool.submit(specs)]
+    assert all(not artifact.resources.spill_bytes for artifact in artifacts)
+    for made, text in assemblies:
+        if arch == "sm_90a":
+            assert text.count("griddepcontrol.wait") == 1, made
+            assert text.index("griddepcontrol.wait") < min(map(text.index, ("ld.global", "st.global"))), made
+        else:
+            assert "griddepcontrol" not in text
 
 
 @needs_triton

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from interpreting import interpret, unavailable, verify
+from interpreting import interpret, interpreting, unavailable, verify
 
 from autofuse.ops import OPS, FusedOp, Problem
 from fuzz_ops import random_config
@@ -60,3 +60,22 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = (*args[:4], args[5], args[4], *args[6:])
     wrong, right = interpret(op, problem, config, swapped), op.exact(*args)
     assert op.tolerance(problem).error(wrong[0], right[0]) > 1.0
+
+
+@pytest.mark.parametrize("native", [0, 1])
+def test_fp8_codes_are_those_of_pytorch(native: int) -> None:
+    """Of all bf16 numbers, of ties between fp8 numbers, and of their neighbours; saturated, and NaN as NaN."""
+    from fp8_kernel import store_fp8
+
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.full_like(ties, limit)) for limit in (-torch.inf, torch.inf)]
+    values = torch.cat([every, ties, -ties, *beside, *(-each for each in beside)])
+    out = torch.empty(len(values), dtype=torch.uint8)
+    interpreting(store_fp8)[(1,)](
+        values, out, len(values), BLOCK=1 << (len(values) - 1).bit_length(), FP8_NATIVE=native
+    )
+    right = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.view(torch.float8_e4m3fn).float().nan_to_num(999), right.float().nan_to_num(999))
+    assert torch.equal(out[~values.isnan()], right.view(torch.uint8)[~values.isnan()])

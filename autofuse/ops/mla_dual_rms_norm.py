@@ -16,7 +16,7 @@ from autofuse.ops.languages import IN_TRITON, TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rms_norm import rms_norm, rms_norm_exact
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, WAVES_PER_EU, power_of_two, triton_spec
+from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["CPU_SPACE", "GPU_SPACE", "HIP_SPACE", "MlaDualRmsNorm", "cpu_default", "gpu_default", "hip_default"]
@@ -174,14 +174,6 @@ TRITON_SPACE = SearchSpace(
         ),
     ),
 )
-TRITON_HIP_SPACE = SearchSpace(
-    (
-        *(tunable for tunable in TRITON_SPACE.tunables if tunable.name != "PDL"),
-        Tunable("PDL", (0,), "only NVIDIA has it"),
-        WAVES_PER_EU,
-    ),
-    TRITON_SPACE.constraints,
-)
 
 
 CPU_SPACE = SearchSpace(
@@ -236,10 +228,6 @@ def triton_default(problem: Problem, tokens: int) -> Config:
     return Config.of(plain, NUM_WARPS=warps, VEC_BYTES=vec_bytes)
 
 
-def triton_hip_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(triton_default(problem, tokens), WAVES_PER_EU=0)
-
-
 def cpu_default(problem: Problem, tokens: int) -> Config:
     threads = 1 if tokens <= 32 else most_threads(tokens)
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
@@ -276,7 +264,7 @@ class MlaDualRmsNorm(FusedOp):
 
     triton_kernels = {  # noqa: RUF012
         "cuda": KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default),
-        "hip": KernelSource("mla_dual_rms_norm.py", TRITON_HIP_SPACE, triton_hip_default),
+        "hip": on_amd(KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default)),
     }
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from autofuse.errors import UnsupportedCall
+from autofuse.ops.base import KernelSource
 from autofuse.ops.binding import Binding, FieldKind
-from autofuse.ops.problem import Config
-from autofuse.ops.space import Tunable
+from autofuse.ops.problem import Config, Problem
+from autofuse.ops.space import SearchSpace, Tunable
 from autofuse.targets import KernelSpec, TritonSpec
 
-__all__ = ["NUM_WARPS", "WAVES_PER_EU", "power_of_two", "triton_spec"]
+__all__ = ["NUM_WARPS", "WAVES_PER_EU", "on_amd", "power_of_two", "triton_spec"]
 
 NUM_WARPS = Tunable("NUM_WARPS", (4, 1, 2, 8, 16), "warps of a block: a row is done sooner, against more to combine")
 WAVES_PER_EU = Tunable(
@@ -23,7 +24,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fn: "u8",  # its bytes: a GPU that does not know the dtype stores them as well
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -53,6 +54,17 @@ def triton_spec(
             waves_per_eu=config.get("WAVES_PER_EU", 0),
         ),
     )
+
+
+def on_amd(kernel: KernelSource) -> KernelSource:
+    """The same for AMD's GPUs: nothing like programmatic dependent launch, and a hint for the compiler more."""
+    tunables = (tunable for tunable in kernel.space.tunables if tunable.name != "PDL")
+    space = SearchSpace((*tunables, Tunable("PDL", (0,), "only NVIDIA has it"), WAVES_PER_EU), kernel.space.constraints)
+
+    def default(problem: Problem, tokens: int) -> Config:
+        return Config.of(kernel.default(problem, tokens), PDL=0, WAVES_PER_EU=0)
+
+    return KernelSource(kernel.file, space, default)
 
 
 def power_of_two(size: int) -> int:

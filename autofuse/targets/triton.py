@@ -32,7 +32,7 @@ _OLDEST, _NEWEST = (3, 6), (3, 9)
 _RANGE = "3.6 to 3.9"
 _LIMIT_S = 300.0
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_LIBDEVICE_PATH")
-_FIRST_WITH_PDL = 90  # compute capability × 10
+_FIRST_WITH_PDL, _FIRST_WITH_FP8 = 90, 89  # compute capability × 10
 _NOTHING = ctypes.c_void_p(None)
 _INSTALL = f"install triton {_RANGE} to have kernels in Triton tuned as well"
 
@@ -100,11 +100,12 @@ def compile_triton(spec: KernelSpec, arch: str, cache: KernelCache) -> Artifact:
 
 
 def _constants(defines: Mapping[str, int | str], arch: str) -> dict[str, int | str]:
-    """The kernel's ``tl.constexpr`` arguments. Earlier GPUs lack the instructions of programmatic dependent launch, and
-    run the same config without.
+    """The kernel's ``tl.constexpr`` arguments. A GPU that lacks the instructions of programmatic dependent launch, or
+    those that convert to fp8, runs the same config without.
     """
-    earlier = arch.startswith("sm_") and _capability(arch) < _FIRST_WITH_PDL
-    return {**defines, **({"PDL": 0} if earlier and "PDL" in defines else {})}
+    known = {"PDL": _FIRST_WITH_PDL, "FP8_NATIVE": _FIRST_WITH_FP8}
+    lacking = [name for name, first in known.items() if arch.startswith("sm_") and _capability(arch) < first]
+    return {**defines, **{name: 0 for name in lacking if name in defines}}
 
 
 def _options(spec: KernelSpec, arch: str) -> dict[str, int | bool]:
