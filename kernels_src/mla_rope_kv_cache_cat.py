@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8 import as_stored, to_fp8
-from .rope import cache_rows, load_pairs, rotate_pairs, store_pairs
+from .rope import cache_rows, counted_slots, load_pairs, rotate_pairs, store_pairs
 
 # Rows of fp8_ds_mla, in bytes: 512 fp8 values of kv_c, an fp32 scale of each group of them, k_pe.
 DS_MLA_GROUP: tl.constexpr = tl.constexpr(128)
@@ -114,15 +114,12 @@ def write_cache(
     x, y = rotate_pairs(x, y, table_ptr + position * table_row, exists, HALF, HALF_BLOCK)
     store_pairs(k_pe_out_ptr + token * ROPE, exists, x, y, HALF, HALF_BLOCK, IN_HALVES)
     if CACHE:
-        offset, there = cache_rows(
-            slot, kv_cache_blocks, kv_cache_block_size, kv_cache_block, kv_cache_row, slots_from_end
-        )
+        slot = counted_slots(slot, kv_cache_blocks, kv_cache_block_size, slots_from_end)
+        offset, there = cache_rows(slot, kv_cache_blocks, kv_cache_block_size, kv_cache_block, kv_cache_row)
         row, written = kv_cache_ptr + offset, has_slot & there
         write_latents(kv_c, row, written, scale, LATENT, LATENT_BLOCK, CACHE, FP8_NATIVE)
         if APART:
-            offset, there = cache_rows(
-                slot, k_pe_cache_blocks, k_pe_cache_block_size, k_pe_cache_block, k_pe_cache_row, slots_from_end
-            )
+            offset, there = cache_rows(slot, k_pe_cache_blocks, k_pe_cache_block_size, k_pe_cache_block, k_pe_cache_row)
             key, written = k_pe_cache_ptr + offset, has_slot & there
         elif CACHE == 3:
             key = (row + DS_MLA_K_PE).to(k_pe_ptr.dtype, bitcast=True)

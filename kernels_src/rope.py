@@ -53,16 +53,22 @@ def store_pairs(row, exists, x, y, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 
 
 @triton.jit
-def cache_rows(slots, blocks, block_size, block_stride, row_stride, from_end):
-    """Where the rows of slots (int64) begin in a paged cache, in elements, and which of them there are. ``from_end``:
-    whether negative slots are counted from the cache's end.
-    """
+def counted_slots(slots, blocks, block_size, from_end):
+    """Slots (int64) as they were given, or, with ``from_end``, the negative ones counted from the cache's end."""
+    return tl.where((slots < 0) & (from_end != 0), slots + blocks.to(tl.int64) * block_size, slots)
+
+
+@triton.jit
+def cache_rows(slots, blocks, block_size, block_stride, row_stride):
+    """Where the rows of slots (int64) begin in a paged cache, in elements, and which of them there are."""
     count = blocks.to(tl.int64) * block_size
-    slots = tl.where((slots < 0) & (from_end != 0), slots + count, slots)
     exists = (slots >= 0) & (slots < count)
     slots = tl.where(exists, slots, 0)
     if block_stride == block_size * row_stride:
         offsets = slots * row_stride  # no need to wait for a division
+    elif count < 0x7FFFFFFF:
+        block = (slots.to(tl.uint32) // block_size.to(tl.uint32)).to(tl.int64)
+        offsets = block * block_stride + (slots - block * block_size) * row_stride
     else:
         block = slots // block_size
         offsets = block * block_stride + (slots - block * block_size) * row_stride
