@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .rms_norm import rms_normed
+
 
 @triton.jit
 def normed_rows(
@@ -49,13 +51,7 @@ def normed_rows(
     weight = tl.load(weight_ptr + columns, inside, other=0.0)
     if PDL == 2:
         gdc_launch_dependents()
-    dtype = x.dtype
-    x = x.to(tl.float32)
-    mean = tl.sum(x * x, axis=1, keep_dims=True) * (1.0 / WIDTH)
-    normed = x * tl.rsqrt(mean + eps)
-    if CAST_BEFORE_WEIGHT:
-        normed = normed.to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + columns, (normed * weight.to(tl.float32)).to(dtype), exists)
+    tl.store(out_ptr + row * WIDTH + columns, rms_normed(x, weight, eps, WIDTH, CAST_BEFORE_WEIGHT), exists)
 
 
 @triton.jit

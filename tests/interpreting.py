@@ -90,4 +90,5 @@ def _tensor(args: Sequence[Any], results: Sequence[torch.Tensor], kind: FieldKin
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.as_strided(tensor.view(torch.uint8), (tensor.untyped_storage().nbytes(),), (1,), 0)
+    """All of its memory, with what lies between its elements."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]

@@ -138,14 +138,14 @@ def test_what_was_measured_in_one_language_leaves_the_other_its_whole_effort() -
 
 def test_the_cpp_kernels_hash_does_not_know_of_triton(edit_kernels: Callable[[str, str, str], None]) -> None:
     before = NORMS.source_hash("cuda"), NORMS.source_hash("cuda", IN_TRITON)
-    edit_kernels("mla_dual_rms_norm.py", "1.0 / WIDTH", "1.00 / WIDTH")
+    edit_kernels("rms_norm.py", "1.0 / WIDTH", "1.00 / WIDTH")
     after = NORMS.source_hash("cuda"), NORMS.source_hash("cuda", IN_TRITON)
     assert before[0] == after[0]
     assert before[1] != after[1]
 
 
 @pytest.mark.usefixtures("with_triton")
-@pytest.mark.parametrize(("file", "stale"), [("mla_dual_rms_norm.py", IN_TRITON), ("rms_norm.cuh", PLAIN)])
+@pytest.mark.parametrize(("file", "stale"), [("rms_norm.py", IN_TRITON), ("rms_norm.cuh", PLAIN)])
 def test_an_edited_kernel_makes_only_its_own_languages_winners_stale(
     file: str, stale: Config, edit_kernels: Callable[[str, str, str], None]
 ) -> None:
@@ -189,7 +189,7 @@ def test_a_plan_of_two_languages_reads_back_and_knows_an_edited_kernel(
     plan = Plan("sm_90a", PROBLEM, ((1, PLAIN), (64, IN_TRITON)), source)
     assert Plan.parse(str(plan)) == plan
     assert plan.made_for(NORMS.plan_source("cuda", plan.configs))
-    edit_kernels("mla_dual_rms_norm.py", "1.0 / WIDTH", "1.00 / WIDTH")
+    edit_kernels("rms_norm.py", "1.0 / WIDTH", "1.00 / WIDTH")
     assert not plan.made_for(NORMS.plan_source("cuda", plan.configs))
     alone = Plan("sm_90a", PROBLEM, ((1, PLAIN),), NORMS.source_hash("cuda"))
     assert alone.made_for(NORMS.plan_source("cuda", alone.configs))
