@@ -53,7 +53,7 @@ def swizzled_index(token, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def zero_padded_scales(scales_ptr, tokens, GROUPS: tl.constexpr):
-    """The scales of the rows that are padded, tokens to the next multiple of 128, become zeros: a part by each block."""
+    """The scales of padded rows, from tokens to the next multiple of 128, become zeros: a part by each block."""
     columns: tl.constexpr = (GROUPS + 3) // 4 * 4
     step: tl.constexpr = 512
     end = (-tokens & 127) * columns

@@ -43,10 +43,26 @@ def interpret(op: FusedOp, problem: Problem, config: Config, args: Sequence[Any]
 
 
 def interpreting(kernel: Any) -> Any:
-    """``kernel``, whose interpreter now rounds as GPUs do."""
-    interpreter = import_module("triton.runtime.interpreter")
-    interpreter._convert_float = _rounded  # type: ignore[attr-defined]
+    """``kernel``, whose interpreter now rounds as GPUs do, and multiplies bf16 numbers, not their bits."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    interpreter._convert_float = _rounded
+    builder = interpreter.InterpreterBuilder
+    if not hasattr(builder, "create_dot_of_bits"):
+        builder.create_dot_of_bits = builder.create_dot
+        builder.create_dot = _dot
     return kernel
+
+
+def _dot(builder: Any, a: Any, b: Any, *others: Any) -> Any:
+    import triton.language as tl
+
+    def wide(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        data = _rounded(operand.data, tl.bfloat16, tl.float32, None).view("f4")
+        return type(operand)(data, tl.float32)
+
+    return builder.create_dot_of_bits(wide(a), wide(b), *others)
 
 
 def _rounded(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
