@@ -147,9 +147,11 @@ def test_a_cubin_takes_the_fields_as_arguments_and_at_most_the_hidden_ones_more(
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80", "gfx942"])
 @pytest.mark.parametrize("op", IN_TRITON)
 def test_every_kind_of_problem_compiles(op: FusedOp, arch: str, assemblies: list[tuple[KernelSpec, str]]) -> None:
-    """And what waits for the kernel before touches nothing of it before that."""
+    """And what waits for the kernel before touches nothing of it before that. For other arches some must do: a kernel
+    takes the compiler a second or two.
+    """
     kind = kind_of_arch(arch)
-    kernel, problems = op.triton_kernels[kind], op.sweep_problems()
+    kernel, problems = op.triton_kernels[kind], op.sweep_problems()[:: 1 if arch == "sm_90a" else 4]
     configs = [Config.of(kernel.default(problem, 64), PDL=int(kind == "cuda")) for problem in problems]
     specs = [op.spec(kind, problem, config) for problem, config in zip(problems, configs, strict=True)]
     with compile_pool(kind, arch) as pool:
