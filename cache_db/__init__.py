@@ -35,6 +35,7 @@ from autofuse.cache_db.records import (
     winners_digest,
 )
 from autofuse.cache_db.repair import RepairSummary, repair
+from autofuse.cache_db.rivals import Rival, rival_of
 from autofuse.cache_db.software import software_changes
 from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
@@ -56,6 +57,7 @@ __all__ = [
     "Lookup",
     "Provenance",
     "RepairSummary",
+    "Rival",
     "Settled",
     "Snapshot",
     "Trial",
@@ -72,6 +74,7 @@ __all__ = [
     "preview_import",
     "read_export",
     "repair",
+    "rival_of",
     "software_changes",
     "usable_export",
     "winners_digest",

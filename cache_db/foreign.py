@@ -101,7 +101,9 @@ def left_out(record: Measured) -> str | None:
         known = False
     why = None if known else f"{op.name} has no problem {shortened(str(record.problem))}"
     if known and not isinstance(record, Baseline):
-        why = op.kernel_source(record.target.kind).space.refusal(record.config, record.problem, _MANY_TOKENS)
+        why = op.kernel_source(record.target.kind, record.config).space.refusal(
+            record.config, record.problem, _MANY_TOKENS
+        )
         why = why and f"config {shortened(str(record.config))} is outside the search space of {op.name}: {why}"
     if why and record.target.kind != "cpu" and not isinstance(record, Baseline) and not is_stale(record):
         raise BadInput(why)
@@ -114,7 +116,7 @@ def is_stale(record: Measured) -> bool:
         return False
     op = OPS.get(record.problem.op)
     kind = record.target.kind
-    return op is None or kind not in op.kernels or op.source_hash(kind) != record.source_hash
+    return op is None or kind not in op.kernels or op.source_hash(kind, record.config) != record.source_hash
 
 
 def check_objects(connection: sqlite3.Connection, ours: Iterable[tuple[str, str, str]]) -> None:

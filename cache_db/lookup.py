@@ -89,7 +89,7 @@ class Snapshot:
         self.path, self.present, self.target, self.below = path, present, target, below
         self._layer = winners if isinstance(winners, (InMemory, OnDisk)) else InMemory(winners, target)
         self._winners: dict[Problem, Sequence[Winner]] = {}
-        self._answers: dict[tuple[Problem, int, int, str], Lookup] = {}
+        self._answers: dict[tuple[Problem, int, int, tuple[str, ...]], Lookup] = {}
         mine = self._layer.digest
         self.digest: str = mine if below is None else hashlib.sha256(f"{mine}|{below.digest}".encode()).hexdigest()
 
@@ -127,32 +127,32 @@ class Snapshot:
             yield layer
             layer = layer.below
 
-    def buckets(self, problem: Problem, source_hash: str) -> list[Winner]:
+    def buckets(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's fresh winners, by tokens: of the uppermost database that has some. Raises DatabaseError."""
         for layer in self.layers():
-            if found := layer.own_buckets(problem, source_hash):
+            if found := layer.own_buckets(problem, *source_hashes):
                 return found
         return []
 
-    def own_buckets(self, problem: Problem, source_hash: str) -> list[Winner]:
+    def own_buckets(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's fresh winners in this database alone, by tokens. Raises DatabaseError."""
-        fresh = (winner for winner in self._of(problem) if winner.source_hash == source_hash)
+        fresh = (winner for winner in self._of(problem) if winner.source_hash in source_hashes)
         return [winner for winner in fresh if winner.standing != "candidate"]
 
-    def candidates(self, problem: Problem, source_hash: str) -> list[Winner]:
+    def candidates(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's imported winners that are not measured here, by tokens. Raises DatabaseError."""
-        fresh = (winner for winner in self._of(problem) if winner.source_hash == source_hash)
+        fresh = (winner for winner in self._of(problem) if winner.source_hash in source_hashes)
         return [winner for winner in fresh if winner.standing == "candidate"]
 
-    def stale(self, problem: Problem, source_hash: str) -> list[Winner]:
+    def stale(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's winners that were measured with another version of the kernel, by tokens."""
-        return [winner for winner in self._of(problem) if winner.source_hash != source_hash]
+        return [winner for winner in self._of(problem) if winner.source_hash not in source_hashes]
 
-    def elsewhere(self, problem: Problem, source_hash: str) -> dict[Target, list[Winner]]:
+    def elsewhere(self, problem: Problem, *source_hashes: str) -> dict[Target, list[Winner]]:
         """The problem's fresh winners on other GPUs of the same arch, by tokens. Raises DatabaseError."""
         found: dict[Target, list[Winner]] = {}
         for winner in self._read(problem):
-            if winner.target != self.target and winner.source_hash == source_hash:
+            if winner.target != self.target and winner.source_hash in source_hashes:
                 found.setdefault(winner.target, []).append(winner)
         return found
 
@@ -164,43 +164,44 @@ class Snapshot:
             self._winners[problem] = self._layer.of(problem)
         return self._winners[problem]
 
-    def lookup(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
+    def lookup(self, problem: Problem, tokens_low: int, tokens_high: int, *source_hashes: str) -> Lookup:
         """What answers for a call of T tokens, ``tokens_low`` ≤ T ≤ ``tokens_high``; equal for a static T.
 
         A call of T runs the smallest bucket ≥ T, or the largest. One static T is answered by its own bucket (rule
         ``exact``), by the two on either side, of which the upper one runs (``between``), or by the only one near
         (``nearest``); a range by every bucket that serves some T in it (``range``). Outside of what was tuned, winners
         answer no further than ``within_reach`` says: beyond, the rule is ``untuned`` and the reason names the T to
-        tune at. Winners of another source hash are passed over; where there are no others the rule is ``stale``, and
-        without any ``untuned``; ``candidate`` where another machine's are, which decide nothing. Where this database
-        has no winner that answers, those below are asked in turn. Where none has, but for another GPU of the same arch
-        one has, the rule is ``same_arch``, which decides nothing either. The same question is answered from memory.
+        tune at. Winners of none of ``source_hashes``, which are those of the op's present kernels, one for each
+        language, are passed over; where there are no others the rule is ``stale``, and without any ``untuned``;
+        ``candidate`` where another machine's are, which decide nothing. Where this database has no winner that answers,
+        those below are asked in turn. Where none has, but for another GPU of the same arch one has, the rule is
+        ``same_arch``, which decides nothing either. The same question is answered from memory.
 
         Raises BadInput for a range that is none, DatabaseError.
         """
-        asked = (problem, tokens_low, tokens_high, source_hash)
+        asked = (problem, tokens_low, tokens_high, source_hashes)
         answer = self._answers.get(asked)
         if answer is None:
-            answer = self._answers[asked] = self._look_up(*asked)
+            answer = self._answers[asked] = self._look_up(problem, tokens_low, tokens_high, *source_hashes)
         return answer
 
-    def _look_up(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
+    def _look_up(self, problem: Problem, tokens_low: int, tokens_high: int, *source_hashes: str) -> Lookup:
         answers = (
-            replace(layer._own_answer(problem, tokens_low, tokens_high, source_hash), layer=depth)
+            replace(layer._own_answer(problem, tokens_low, tokens_high, *source_hashes), layer=depth)
             for depth, layer in enumerate(self.layers())
         )
         first = next(answers)
         measured = first if first.winners else next((answer for answer in answers if answer.winners), None)
-        return measured or self._on_same_arch(first, problem, tokens_low, tokens_high, source_hash)
+        return measured or self._on_same_arch(first, problem, tokens_low, tokens_high, *source_hashes)
 
     def _on_same_arch(
-        self, here: Lookup, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str
+        self, here: Lookup, problem: Problem, tokens_low: int, tokens_high: int, *source_hashes: str
     ) -> Lookup:
         """Of the uppermost database that has some, the GPU whose rule stands first in LOOKUP_RULES; of several the one
         that was measured last. ``here`` where there is none.
         """
         for depth, layer in enumerate(self.layers()):
-            others = layer.elsewhere(problem, source_hash).items()
+            others = layer.elsewhere(problem, *source_hashes).items()
             found = (_answer(target, buckets, tokens_low, tokens_high) for target, buckets in others)
             answers = sorted(filter(None, found), key=lambda each: each.winners[0].measured_at, reverse=True)
             best = min(answers, key=lambda each: LOOKUP_RULES.index(each.rule), default=None)
@@ -209,12 +210,12 @@ class Snapshot:
                 return Lookup("same_arch", (), f"{here.reason}; {there}", depth, best.winners)
         return here
 
-    def _own_answer(self, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str) -> Lookup:
+    def _own_answer(self, problem: Problem, tokens_low: int, tokens_high: int, *source_hashes: str) -> Lookup:
         if not 0 <= tokens_low <= tokens_high:
             raise BadInput(f"tokens from {tokens_low} to {tokens_high} are not a range from 0 upwards")
-        buckets = self.own_buckets(problem, source_hash)
+        buckets = self.own_buckets(problem, *source_hashes)
         if not buckets:
-            return self._without_buckets(problem, source_hash)
+            return self._without_buckets(problem, *source_hashes)
         answer = _answer(self.target, buckets, tokens_low, tokens_high)
         return answer or self._out_of_reach(problem, buckets, tokens_low, tokens_high)
 
@@ -228,15 +229,15 @@ class Snapshot:
             f"{self.target}, which is {_tokens(buckets)}: run `autofuse tune --problem '{problem}' --tokens {wanted}`",
         )
 
-    def _without_buckets(self, problem: Problem, source_hash: str) -> Lookup:
-        if candidates := self.candidates(problem, source_hash):
+    def _without_buckets(self, problem: Problem, *source_hashes: str) -> Lookup:
+        if candidates := self.candidates(problem, *source_hashes):
             return Lookup(
                 "candidate",
                 (),
                 f"{problem} was imported for {_tokens(candidates)} on {self.target}, but not measured here: run "
                 "`autofuse tune`, or import it with --trust",
             )
-        if stale := self.stale(problem, source_hash):
+        if stale := self.stale(problem, *source_hashes):
             return Lookup(
                 "stale",
                 (),
@@ -279,27 +280,27 @@ def _answer(target: Target, buckets: Sequence[Winner], tokens_low: int, tokens_h
 
 
 def explain_lookup(
-    snapshot: Snapshot, problem: Problem, tokens_low: int, tokens_high: int, source_hash: str
+    snapshot: Snapshot, problem: Problem, tokens_low: int, tokens_high: int, *source_hashes: str
 ) -> list[str]:
     """The way to ``Snapshot.lookup``'s answer, a line a step. Raises BadInput as it does."""
-    answer = snapshot.lookup(problem, tokens_low, tokens_high, source_hash)
+    answer = snapshot.lookup(problem, tokens_low, tokens_high, *source_hashes)
     lines = [
         f"target: {snapshot.target} (digest {snapshot.digest[:10]})",
         f"problem: {problem}",
-        f"kernel: source {source_hash[:12]}",
+        f"kernel: source {' or '.join(each[:12] for each in source_hashes)}",
         f"asked: {_asked(tokens_low, tokens_high)}",
     ]
     for layer in snapshot.layers():
         lines.append(f"database: {layer.path}" + ("" if layer.present else " (does not exist)"))
-        buckets = layer.own_buckets(problem, source_hash)
+        buckets = layer.own_buckets(problem, *source_hashes)
         lines.append(f"tuned: {_tokens(buckets)}" if buckets else "tuned: nothing with this kernel")
         lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in buckets]
-        for winner in layer.candidates(problem, source_hash):
+        for winner in layer.candidates(problem, *source_hashes):
             lines.append(f"candidate: T={winner.tokens}: {winner.config}, imported, not measured here")
-        for target, there in layer.elsewhere(problem, source_hash).items():
+        for target, there in layer.elsewhere(problem, *source_hashes).items():
             lines.append(f"same arch: {_tokens(there)} on {target}, not measured here")
             lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in there]
-        for winner in layer.stale(problem, source_hash):
+        for winner in layer.stale(problem, *source_hashes):
             source = winner.source_hash[:12]
             lines.append(f"stale: T={winner.tokens}, measured {winner.measured_at} with source {source}")
     lines += [f"rule: {answer.rule}", f"answer: {answer.reason}"]

@@ -9,7 +9,7 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -247,19 +247,21 @@ class TunedDatabase:
 
     # Reading
 
-    def trials(self, target: Target, problem: Problem, tokens: int, source_hash: str) -> list[Trial]:
-        """All trials of one bucket with this version of the kernel: the fastest first, failures last. No candidates."""
-        key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
-        return self._select(Trial, f"{_equal(key)} AND {_DECIDES} ORDER BY time_us IS NULL, time_us, config", key)
-
-    def priors(self, target: Target, problem: Problem, tokens: int, source_hash: str) -> list[Config]:
-        """The configs that another machine found good for this bucket and kernel, the fastest first: worth measuring
-        here before others.
+    def trials(self, target: Target, problem: Problem, tokens: int, *source_hashes: str) -> list[Trial]:
+        """All trials of one bucket with these versions of its kernels, one for each language: the fastest first,
+        failures last. No candidates.
         """
-        key = {"target": str(target), "problem": str(problem), "tokens": tokens, "source_hash": source_hash}
+        key, where = _of_sources(target, problem, tokens, source_hashes)
+        return self._select(Trial, f"{where} AND {_DECIDES} ORDER BY time_us IS NULL, time_us, config", key)
+
+    def priors(self, target: Target, problem: Problem, tokens: int, *source_hashes: str) -> list[Config]:
+        """The configs that another machine found good for this bucket and these kernels, the fastest first: worth
+        measuring here before others.
+        """
+        key, where = _of_sources(target, problem, tokens, source_hashes)
         found: list[Trial | Winner] = []
         for kind, good in ((Winner, "1"), (Trial, "status = 'ok'")):
-            found += self._select(kind, f"{_equal(key)} AND standing IN ('trusted', 'candidate') AND {good}", key)
+            found += self._select(kind, f"{where} AND standing IN ('trusted', 'candidate') AND {good}", key)
         found.sort(key=lambda record: (record.time_us, str(record.config)))
         return list(dict.fromkeys(record.config for record in found))
 
@@ -418,6 +420,16 @@ class TunedDatabase:
     def _check_identity(self) -> None:
         if self._file_identity() != self._identity:
             raise fault(self.path, "was removed or replaced while it was in use", "run the command again")
+
+
+def _of_sources(
+    target: Target, problem: Problem, tokens: int, source_hashes: Sequence[str]
+) -> tuple[dict[str, object], str]:
+    """Parameters and condition of a query for one bucket's rows of any of these sources."""
+    bucket: dict[str, object] = {"target": str(target), "problem": str(problem), "tokens": tokens}
+    sources = {f"source_{i}": source for i, source in enumerate(source_hashes)}
+    listed = ", ".join(f":{name}" for name in sources)
+    return {**bucket, **sources}, f"{_equal(bucket)} AND source_hash IN ({listed})"
 
 
 def _equal(columns: Iterable[str]) -> str:

@@ -28,6 +28,8 @@ constexpr int MAX_DIMS = 6;
 constexpr int MAX_OPS = 16;
 constexpr int MAX_ARGS = 32;
 constexpr int MAX_PARAMS_BYTES = 512;
+constexpr int MAX_FIELDS = 64;
+constexpr int HIDDEN_ARGUMENTS = 4;  // null pointers after a Triton kernel's arguments: autofuse/targets/base.py
 
 // ---- What Python hands over: mirrored in autofuse/runtime/native.py --------------------------------------------------
 
@@ -70,7 +72,7 @@ struct Variant {  // one bucket of the plan
     uint32_t block;
     uint32_t shared_bytes;
     int32_t programmatic;
-    int32_t padding;
+    int32_t separate_arguments;  // each field is an argument of its own, as Triton has it; 0: they are one struct
 };
 
 struct Bound {  // of the values of an int64 argument, which are rows of another one
@@ -134,7 +136,18 @@ struct Cuda {
 
 constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
-void launch_cuda(const Entry& entry, const Variant& variant, int64_t blocks, void* params) {
+// The addresses of the kernel's arguments.
+void point_at(const Entry& entry, const Variant& variant, char* params, void** pointers) {
+    static void* nothing = nullptr;
+    if (!variant.separate_arguments) {
+        *pointers = params;
+        return;
+    }
+    for (const Field& field : entry.fields) *pointers++ = params + field.offset;
+    for (int i = 0; i < HIDDEN_ARGUMENTS; ++i) *pointers++ = &nothing;
+}
+
+void launch_cuda(const Entry& entry, const Variant& variant, int64_t blocks, char* params) {
     LaunchAttribute attribute{PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1, {}};
     LaunchConfig config{};
     config.grid_x = unsigned(blocks);
@@ -144,7 +157,8 @@ void launch_cuda(const Entry& entry, const Variant& variant, int64_t blocks, voi
     config.attributes = &attribute;
     config.attribute_count = variant.programmatic ? 1 : 0;
     if (cuda.current_stream(entry.device_index, &config.stream)) throw std::runtime_error("no current CUDA stream");
-    void* pointers[] = {params};
+    void* pointers[MAX_FIELDS + HIDDEN_ARGUMENTS];
+    point_at(entry, variant, params, pointers);
     void* context = nullptr;
     cuda.get_context(&context);
     const bool elsewhere = context != entry.context;

@@ -126,8 +126,9 @@ def draw_kernels(op: FusedOp, kind: str, count: int, source: random.Random) -> l
     A tunable's value comes first, then a problem that has a config with it: so values that suit only few problems, or
     few configs, come up as well.
     """
-    space, drawn = op.kernel_source(kind).space, dict[tuple[Problem, Config], None]()
+    kernels, drawn = op.kernel_sources(kind), dict[tuple[Problem, Config], None]()
     for _ in range(10 * count):
+        space = (source.choice(kernels) if len(kernels) > 1 else kernels[0]).space
         tunable = source.choice(space.tunables)
         fixed = {tunable.name: source.choice(tunable.values)}
         for _ in range(PROBLEMS):

@@ -16,7 +16,7 @@ from autofuse.cli.app import app
 from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.settings import LEVELS, UNTUNED
 from autofuse.models import PRESETS
-from autofuse.ops import Problem
+from autofuse.ops import OPS, Problem
 from bench.showing import replace_generated
 from fusion_gains import BEGIN, DOCUMENT, Measured, flags_of, layers_in, markdown, recorded
 
@@ -47,6 +47,12 @@ def test_every_fusion_has_its_row_and_nothing_else_has() -> None:
 def test_every_fusion_has_its_conditions() -> None:
     conditions = page("fusions.md").partition("## Conditions")[2].partition("## ")[0]
     assert set(re.findall(r"^\*\*`(\w+)`\*\*", conditions, re.MULTILINE)) == {fusion.name for fusion in FUSIONS}
+
+
+def test_every_kernel_in_triton_has_its_row() -> None:
+    rows = [tuple(row) for row in table(page("triton.md"), "op")]
+    kernels = {(op.name, f"kernels_src/{kernel.file}") for op in OPS.values() for kernel in op.triton_kernels.values()}
+    assert sorted(rows) == sorted(kernels)
 
 
 def test_levels_name_what_they_switch_on() -> None:

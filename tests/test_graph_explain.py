@@ -30,7 +30,7 @@ from autofuse.targets import Target, target_of
 
 T = 4
 SOURCE = get_op("mla_dual_rms_norm").source_hash("cpu")
-KEY = Key(target_of(CPU), PROBLEM, T, T, SOURCE)
+KEY = Key(target_of(CPU), PROBLEM, T, T, (SOURCE,))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import autofuse.kernels_src
-from autofuse.ops import OPS, Config, FusedOp, Problem, get_op
+from autofuse.ops import OPS, Config, FusedOp, KernelSource, Problem, get_op
+from autofuse.ops.languages import TRITON
 from autofuse.runtime.dispatch import bind_plan
 from autofuse.runtime.plan import Plan
 from autofuse.targets import Kernel, KernelSpec, target_of, toolchain
@@ -100,19 +101,20 @@ def test_calls_run_on_the_current_stream() -> None:
 # Programmatic dependent launch of every op that has it: whatever runs before, results are those of a plain launch.
 
 OVERLAPPING = [
-    pytest.param(op, id=op.name)
+    pytest.param(op, kernel, id=f"{op.name} {kernel.language}")
     for op in OPS.values()
-    if "cuda" in op.kernels and any(tunable.name == "PDL" for tunable in op.kernels["cuda"].space.tunables)
+    for kernel in (op.kernel_sources("cuda") if "cuda" in op.kernels else ())
+    if any(tunable.name == "PDL" for tunable in kernel.space.tunables)
 ]
 REPLAYS = 1000
 
 
-def drawn(op: FusedOp, tokens: int, pdl: int, seed: str) -> tuple[Problem, Config, Config]:
+def drawn(op: FusedOp, kernel: KernelSource, tokens: int, pdl: int, seed: str) -> tuple[Problem, Config, Config]:
     """A problem, a config that lets the next kernel start early (PDL=1) or late (PDL=2), and the same launched plainly.
 
     It runs on the op's ``example_args``: those of a chain.
     """
-    space, source = op.kernel_source("cuda").space, random.Random(seed)
+    space, source = kernel.space, random.Random(seed)
     while True:
         problem = source.choice(op.sweep_problems())
         config = random_config(space, problem, source, {"PDL": pdl})
@@ -159,9 +161,11 @@ def differ(
 
 @pytest.mark.parametrize("tokens", [1, 64, 500])
 @pytest.mark.parametrize("pdl", [1, 2])
-@pytest.mark.parametrize("op", OVERLAPPING)
-def test_overlapping_kernels_between_gemms_change_nothing(op: FusedOp, pdl: int, tokens: int) -> None:
-    problem, config, plain = drawn(op, tokens, pdl, f"{op.name} {tokens} {pdl}")
+@pytest.mark.parametrize(("op", "kernel"), OVERLAPPING)
+def test_overlapping_kernels_between_gemms_change_nothing(
+    op: FusedOp, kernel: KernelSource, pdl: int, tokens: int
+) -> None:
+    problem, config, plain = drawn(op, kernel, tokens, pdl, f"{op.name} {tokens} {pdl}")
     chain = Chain(problem, tokens, DEVICE, links=3)
     before = {index: chain.args[index].clone() for index in op.mutates if chain.args[index] is not None}
     generator = torch.Generator(DEVICE).manual_seed(1)
@@ -259,17 +263,22 @@ def differ_behind_a_late_copy(op: FusedOp, problem: Problem, config: Config, oth
 @pytest.mark.usefixtures("edit_kernels")
 @pytest.mark.parametrize("tokens", [1, 64, 500])
 @pytest.mark.parametrize("pdl", [1, 2])
-@pytest.mark.parametrize("op", OVERLAPPING)
-def test_overlapping_kernels_wait_for_one_that_is_late(op: FusedOp, pdl: int, tokens: int) -> None:
-    problem, config, plain = drawn(op, tokens, pdl, f"{op.name} {tokens} {pdl} late")
+@pytest.mark.parametrize(("op", "kernel"), OVERLAPPING)
+def test_overlapping_kernels_wait_for_one_that_is_late(
+    op: FusedOp, kernel: KernelSource, pdl: int, tokens: int
+) -> None:
+    problem, config, plain = drawn(op, kernel, tokens, pdl, f"{op.name} {tokens} {pdl} late")
     assert not differ_behind_a_late_copy(op, problem, plain, config, tokens), f"{problem} {config}"
 
 
 @pytest.mark.parametrize("pdl", [1, 2])
-@pytest.mark.parametrize("op", OVERLAPPING)
+@pytest.mark.parametrize(("op", "kernel"), OVERLAPPING)
 def test_a_kernel_that_does_not_wait_is_found(
-    op: FusedOp, pdl: int, edit_kernels: Callable[[str, str, str], None]
+    op: FusedOp, kernel: KernelSource, pdl: int, edit_kernels: Callable[[str, str, str], None]
 ) -> None:
-    edit_kernels("gpu.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', "")
-    problem, config, plain = drawn(op, 64, pdl, f"{op.name} {pdl}")
+    if kernel.language == TRITON:
+        edit_kernels(kernel.file, "gdc_wait()", "pass")
+    else:
+        edit_kernels("gpu.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', "")
+    problem, config, plain = drawn(op, kernel, 64, pdl, f"{op.name} {pdl}")
     assert differ_behind_a_late_copy(op, problem, plain, config, 64), f"{problem} {config}"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compile_unoptimised
 from emulation import unavailable
 from emulation import verify as verify_emulated
 
@@ -45,11 +44,6 @@ def args_of(which: Problem, tokens: int, device: torch.device, check: bool = Fal
 def launched(which: Problem, args: list[Any]) -> bool:
     """Whether a kernel takes the call, and not the reference."""
     return V_UP.binding(which).accepts(args) and V_UP.binding(which).launchable(args, 16)
-
-
-@pytest.fixture(autouse=True)
-def _unoptimised(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_unoptimised(monkeypatch)
 
 
 @pytest.fixture(params=["python", "native"])

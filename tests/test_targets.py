@@ -202,7 +202,7 @@ def test_ptxas_report_is_read() -> None:
         "    0 bytes stack frame, 24 bytes spill stores, 16 bytes spill loads\n"
         "ptxas info    : Used 40 registers, used 1 barriers, 1088 bytes smem, 400 bytes cmem[0]\n"
     )
-    resources = nvrtc._resources(log)
+    resources = nvrtc.ptxas_resources(log)
     assert (resources.registers, resources.spill_bytes, resources.shared_bytes) == (40, 40, 1088)
 
 

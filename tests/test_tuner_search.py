@@ -11,7 +11,7 @@ from autofuse.errors import BadInput
 from autofuse.ops import Config, get_op
 from autofuse.tuner.budgets import EFFORTS, Effort, effort
 from autofuse.tuner.measure import Timing, gain
-from autofuse.tuner.search import ExhaustiveSearch, ModelSearch, Search, search_for
+from autofuse.tuner.search import ExhaustiveSearch, ModelSearch, Search, search_in
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
@@ -28,7 +28,7 @@ def pretended_time(config: Config) -> float:
 
 def new_search(known: Mapping[Config, float | None] | None = None, seed: int = 0, effort: Effort = EFFORT) -> Search:
     default = NORMS.default_config("cuda", PROBLEM, TOKENS)
-    return search_for(SPACE, PROBLEM, TOKENS, known or {}, [default], effort, seed)
+    return search_in(SPACE, PROBLEM, TOKENS, known or {}, [default], effort, seed)
 
 
 def run(search: Search) -> dict[Config, float]:
@@ -77,7 +77,7 @@ def test_failed_configs_are_not_proposed_again() -> None:
 def test_an_exhaustive_search_proposes_every_config_that_is_not_known() -> None:
     everything = list(SPACE.configs(PROBLEM, 1))
     known = dict.fromkeys(everything[:3], 1.0)
-    search = search_for(SPACE, PROBLEM, 1, known, [], replace(EFFORT, exhaustive_up_to=len(everything)), 0)
+    search = search_in(SPACE, PROBLEM, 1, known, [], replace(EFFORT, exhaustive_up_to=len(everything)), 0)
     assert search.total == len(everything) - 3
     assert list(run(search)) == everything[3:]
 
@@ -121,7 +121,7 @@ def test_configs_of_a_batch_are_not_all_alike() -> None:
 def test_what_is_tried_first_is_tried_even_by_a_search_that_was_nearly_done() -> None:
     known = dict(list(run(new_search(seed=3)).items())[:36])
     best_elsewhere = next(config for config in SPACE.configs(PROBLEM, TOKENS) if config not in known)
-    search = search_for(SPACE, PROBLEM, TOKENS, known, [best_elsewhere], EFFORT, 0)
+    search = search_in(SPACE, PROBLEM, TOKENS, known, [best_elsewhere], EFFORT, 0)
     assert next(iter(run(search))) == best_elsewhere
 
 
@@ -132,6 +132,13 @@ def test_a_search_does_not_stop_before_it_has_measured_enough_or_everything() ->
         search = ModelSearch(space, PROBLEM, 4, {}, [], replace(EFFORT, trials=trials, startup_trials=2), seed=0)
         proposed = [config for batch in search.batches() for config in batch if not search.tell(config, 1.0)]
         assert len(proposed) == search.total == min(trials, len(small))
+
+
+def test_a_search_ends_sooner_where_something_else_is_known_to_be_much_faster() -> None:
+    patient = replace(EFFORT, trials=200, fewest_trials=20, settled=0.001)
+    search = new_search(effort=patient)
+    search.hear(0.01)
+    assert 20 <= len(run(search)) < 30 < len(run(new_search(effort=patient)))
 
 
 def test_unknown_efforts_are_refused() -> None:

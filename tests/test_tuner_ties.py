@@ -35,7 +35,7 @@ def chosen(times_us: Sequence[float], seed: int, noise: float = 0.01, tie: float
     order = list(zip((UNROLLED, ODD, PLAIN, WIDE), times_us, strict=True))
     source.shuffle(order)
     timings = measured([time_us for _, time_us in order], source, noise)
-    return choose([config for config, _ in order], timings, SPACE, tie)
+    return choose([config for config, _ in order], timings, [SPACE], tie)
 
 
 def test_simpler_is_nearer_to_the_ordinary_values() -> None:

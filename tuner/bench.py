@@ -53,11 +53,14 @@ class Bench:
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
         """Prepares for the candidates of a bucket: inputs, and their references.
 
-        Raises: AutofuseError where the kernel's source is not the one with this hash.
+        Args:
+            source_hash: of the kernel's source; of several languages, the hashes joined by ``+``.
+
+        Raises: AutofuseError where the kernels' sources are not those.
         """
         self._bucket = None  # its memory is free for the next
         op = get_op(problem.op)
-        if op.source_hash(self._target.kind) != source_hash:
+        if not {*source_hash.split("+")} <= {*op.source_hashes(self._target.kind)}:
             raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
         with torch.no_grad():
             self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)

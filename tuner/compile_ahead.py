@@ -1,8 +1,8 @@
 """Compiling candidates side by side, ahead of their measurement.
 
-A C++ compiler is a process of its own anyway, so threads that wait for it are enough. NVRTC runs inside the calling
-process and two threads there compile no faster than one, so each thread has a worker process that does it; what it
-compiles, the kernel cache hands over.
+A C++ compiler is a process of its own anyway, and Triton gets one, so threads that wait for it are enough. NVRTC runs
+inside the calling process and two threads there compile no faster than one, so each thread has a worker process that
+does it; what it compiles, the kernel cache hands over.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class CompilePool:
         """
         specs = list(specs)
         kind, arch = (self._kind, self._arch) if arch is None else (kind_of_arch(arch), arch)
-        in_worker = kind == "cuda" and (len(specs) >= _SOME or self._workers)
-        compile_one = self._in_worker if in_worker else _here
-        return [self._threads.submit(compile_one, kind, arch, spec) for spec in specs]
+        in_worker = kind == "cuda" and (len(specs) >= _SOME or bool(self._workers))
+        return [
+            self._threads.submit(self._in_worker if in_worker and spec.triton is None else _here, kind, arch, spec)
+            for spec in specs
+        ]
 
     def close(self) -> None:
         """Drops what has not begun and ends the workers."""

@@ -10,8 +10,9 @@ from itertools import groupby
 
 from autofuse.errors import CompileError
 from autofuse.models import PRESETS
-from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.ops import Config, FusedOp, KernelSource, Problem, get_op
 from autofuse.ops.drawing import Coverage
+from autofuse.ops.languages import TRITON
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
 from autofuse.tuner.compile_ahead import compile_pool
 
@@ -51,7 +52,9 @@ class Outcome:
     shared_bytes: int | None = None
 
 
-def jobs_for(arches: Sequence[str], ops: Sequence[FusedOp], dtype: str, configs: int) -> list[Job]:
+def jobs_for(
+    arches: Sequence[str], ops: Sequence[FusedOp], dtype: str, configs: int, triton_configs: int = 1
+) -> list[Job]:
     """The kernels of each op for each arch, the same ones each time: the problems that the preset models make, and of
     the op's own sweep those with the most dtypes, flags and widths that these lack. An op that has no kernels for an
     arch has no jobs there.
@@ -59,6 +62,8 @@ def jobs_for(arches: Sequence[str], ops: Sequence[FusedOp], dtype: str, configs:
     Args:
         dtype: of the models' activations.
         configs: of each problem: the default ones first, then such as have values that no earlier one had.
+        triton_configs: of each op's kernel in Triton, where Triton is, and for the first problem alone: one takes the
+            compiler a second or two.
     """
     chosen: dict[tuple[str, str], list[tuple[Problem, Config]]] = {}
     jobs = []
@@ -67,7 +72,13 @@ def jobs_for(arches: Sequence[str], ops: Sequence[FusedOp], dtype: str, configs:
         for op in ops:
             if kind in op.kernels:
                 if (kind, op.name) not in chosen:
-                    chosen[kind, op.name] = list(_kernels(kind, op, dtype, configs))
+                    chosen[kind, op.name] = [
+                        pair
+                        for kernel in op.kernel_sources(kind)
+                        for pair in _kernels(
+                            kind, op, kernel, dtype, triton_configs if kernel.language == TRITON else configs
+                        )
+                    ]
                 jobs += [Job(arch, problem, config) for problem, config in chosen[kind, op.name]]
     return jobs
 
@@ -100,12 +111,15 @@ def _outcome(job: Job, spec: KernelSpec, artifact: Artifact) -> Outcome:
     return Outcome(job, artifact, skipped=skipped, shared_bytes=shared_bytes)
 
 
-def _kernels(kind: str, op: FusedOp, dtype: str, configs: int) -> Iterator[tuple[Problem, Config]]:
+def _kernels(
+    kind: str, op: FusedOp, kernel: KernelSource, dtype: str, configs: int
+) -> Iterator[tuple[Problem, Config]]:
     source = random.Random(f"{op.name} {kind}")
-    space = op.kernel_source(kind).space
+    space = kernel.space
     coverage = Coverage(space, source)
-    for problem in _problems(op, dtype):
-        chosen = list(dict.fromkeys(op.default_config(kind, problem, tokens) for tokens in _TOKENS))[:configs]
+    problems = _problems(op, dtype)
+    for problem in problems[:1] if kernel.language == TRITON else problems:
+        chosen = list(dict.fromkeys(kernel.default(problem, tokens) for tokens in _TOKENS))[:configs]
         for config in chosen:
             coverage.take(config)
 

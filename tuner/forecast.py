@@ -148,9 +148,9 @@ def _outlook(
     before = known_of(database, target, bucket, provenance)
     known = {} if retune else before.trials
     times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
-    space = op.kernel_source(target.kind).space
+    kernels = op.kernel_sources(target.kind)
     first = imported(database, target, bucket, effort)
-    total = search_for(space, bucket.problem, bucket.tokens, times, first, effort, seed=0, wanted=first).total
+    total = search_for(kernels, bucket.problem, bucket.tokens, times, first, effort, seed=0, wanted=first).total
     if retune and (before.trials or before.winner):
         return "again", len(before.trials), total
     if before.fresh and total == 0:

@@ -214,10 +214,10 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
     Args:
         present: the present provenance; what failed with another driver or other software is tried again.
     """
-    source_hash = get_op(bucket.problem.op).source_hash(target.kind)
-    trials = database.trials(target, bucket.problem, bucket.tokens, source_hash)
+    sources = get_op(bucket.problem.op).source_hashes(target.kind)
+    trials = database.trials(target, bucket.problem, bucket.tokens, *sources)
     winner = database.winner(target, bucket.problem, bucket.tokens)
-    fresh = winner is not None and winner.source_hash == source_hash and winner.standing == "own"
+    fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
     failures = {trial.provenance for trial in trials if trial.failed}
     alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
     held = [trial for trial in trials if trial.standing == "own" and _holds(trial, alike)]
@@ -226,8 +226,8 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
 
 def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:
     """What another machine found good for the bucket, the fastest first; not more than are tried before others."""
-    source_hash = get_op(bucket.problem.op).source_hash(target.kind)
-    return database.priors(target, bucket.problem, bucket.tokens, source_hash)[: effort.priors]
+    sources = get_op(bucket.problem.op).source_hashes(target.kind)
+    return database.priors(target, bucket.problem, bucket.tokens, *sources)[: effort.priors]
 
 
 def _holds(trial: Trial, alike: Mapping[str, bool]) -> bool:
@@ -269,8 +269,8 @@ class _BucketTuning:
         self._pool = pool
         self._bench = bench
         self._on_event = on_event
-        self._source_hash = self._op.source_hash(target.kind)
-        self._space = self._op.kernel_source(target.kind).space
+        self._kernels = self._op.kernel_sources(target.kind)
+        self._sources = self._op.source_hashes(target.kind)
         self._disturbances: tuple[str, ...] = ()
         self._by_code: dict[tuple[object, ...], Trial] = {}  # of what ran
 
@@ -280,12 +280,12 @@ class _BucketTuning:
         known = {} if retune else before.trials
         times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
         first, imported = self._first_configs(), self._imported()
-        search = search_for(self._space, self._problem, self._tokens, times, first, self._effort, seed, imported)
+        search = search_for(self._kernels, self._problem, self._tokens, times, first, self._effort, seed, imported)
         self._on_event(BucketStarted(self._bucket, search.total))
         if before.fresh and not retune and search.total == 0:
             self._on_event(BucketDone(self._bucket, before.winner, measured=False))
             return before.winner
-        self._bench.open(self._problem, self._tokens, self._source_hash)
+        self._bench.open(self._problem, self._tokens, "+".join(self._sources))
         measured: set[Config] = set(known)
         best = min((trial for trial in known.values() if trial.status == "ok"), key=_time_us, default=None)
         compiles = any(trial.status != "compile_error" for trial in known.values())
@@ -326,10 +326,10 @@ class _BucketTuning:
         return winner
 
     def _trials(self) -> list[Trial]:
-        return self._database.trials(self._target, self._problem, self._tokens, self._source_hash)
+        return self._database.trials(self._target, self._problem, self._tokens, *self._sources)
 
     def _first_configs(self) -> list[Config]:
-        """The default, what was imported for this bucket, and what won in what is most like it: with other sources, at
+        """The defaults, what was imported for this bucket, and what won in what is most like it: with other sources, at
         other T, for other problems of the op, on other devices of this kind.
         """
 
@@ -340,11 +340,11 @@ class _BucketTuning:
             return others + (winner.target != self._target), ratio
 
         winners = [w for w in self._database.winners(op=self._op.name) if w.target.kind == self._target.kind]
-        default = self._op.default_config(self._target.kind, self._problem, self._tokens)
+        defaults = [kernel.default(self._problem, self._tokens) for kernel in self._kernels]
         configs = dict.fromkeys(
-            [default, *self._imported(), *(winner.config for winner in sorted(winners, key=unlike))]
+            [*defaults, *self._imported(), *(winner.config for winner in sorted(winners, key=unlike))]
         )
-        return list(configs)[: 1 + self._effort.priors]
+        return list(configs)[: len(defaults) + self._effort.priors]
 
     def _imported(self) -> list[Config]:
         return imported(self._database, self._target, self._bucket, self._effort)
@@ -447,7 +447,7 @@ class _BucketTuning:
             self._problem,
             self._tokens,
             config,
-            self._source_hash,
+            self._op.source_hash(self._target.kind, config),
             status,
             provenance=self._provenance,
             **facts,
@@ -483,7 +483,7 @@ class _BucketTuning:
         timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0).timings
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
-        return choose(configs, timings, self._space, self._effort.tie)
+        return choose(configs, timings, [kernel.space for kernel in self._kernels], self._effort.tie)
 
     def _baselines(self) -> list[str]:
         try:
@@ -537,7 +537,7 @@ class _BucketTuning:
                 self._problem,
                 self._tokens,
                 config,
-                self._source_hash,
+                self._op.source_hash(self._target.kind, config),
                 timing.median_us,
                 timing.spread_us,
                 final.baseline,

@@ -58,6 +58,8 @@ class ConfigSampler(BaseSampler):
         self._learnt: frozenset[int] = frozenset()  # trials that the posterior is of
         self._posterior: Posterior | None = None
         self._believed: set[int] = set()  # places
+        self.to_beat_us = math.inf
+        """What something else takes that is no config of the list: an improvement is to be faster than that as well."""
         self.expected_gain = math.inf
         """By what share the most promising config is expected to be faster than the best: 0.01 for 1 %. Infinite before
         there is a model."""
@@ -80,7 +82,7 @@ class ConfigSampler(BaseSampler):
         if len(taken) < self._startup_trials or len(times) < _FEWEST:
             return dict(self._configs[self._random.choice(left)])
         self._learn(finished, times)
-        return dict(self._configs[self._most_promising(left, set(taken) - set(finished), min(times.values()))])
+        return dict(self._configs[self._most_promising(left, set(taken) - set(finished), self._best(times))])
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -100,6 +102,10 @@ class ConfigSampler(BaseSampler):
         self._process.fit(self._points[places], np.array([times.get(place, slowest) for place in places]))
         self._posterior = self._process.posterior(self._points)
         self._learnt, self._believed = learnt, set()
+
+    def _best(self, times: Mapping[int, float]) -> float:
+        best = min(times.values())
+        return best if math.isinf(self.to_beat_us) else min(best, math.log(self.to_beat_us))
 
     def _most_promising(self, left: np.ndarray, running: set[int], best: float) -> int:
         posterior = self._posterior

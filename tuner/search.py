@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import optuna
 
-from autofuse.ops import Config, Problem, SearchSpace
+from autofuse.ops import Config, KernelSource, Problem, SearchSpace
+from autofuse.ops.languages import language_of
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.sampler import ConfigSampler
 
-__all__ = ["ExhaustiveSearch", "ModelSearch", "Search", "search_for"]
+__all__ = ["ExhaustiveSearch", "LanguageSearch", "ModelSearch", "Search", "search_for", "search_in"]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would tell of every trial
 
@@ -31,6 +32,9 @@ class Search:
     def tell(self, config: Config, time_us: float | None) -> None:
         """The outcome of a proposed config; None if it failed."""
         raise NotImplementedError
+
+    def hear(self, time_us: float) -> None:
+        """What a config of another search for the same bucket takes: only what is faster is of any use."""
 
 
 class ExhaustiveSearch(Search):
@@ -116,6 +120,9 @@ class ModelSearch(Search):
         else:
             self._study.tell(trial, time_us)
 
+    def hear(self, time_us: float) -> None:
+        self._sampler.to_beat_us = min(self._sampler.to_beat_us, time_us)
+
     def _told(self, config: Config, time_us: float | None) -> optuna.trial.FrozenTrial:
         """A finished trial that was not asked for."""
         return optuna.trial.create_trial(
@@ -130,7 +137,61 @@ class ModelSearch(Search):
         return enough and self._sampler.expected_gain < self._effort.settled
 
 
+class LanguageSearch(Search):
+    """The kernel's language as the first choice of all: a search in each language's own space, batch by batch in turns.
+
+    Each gets a whole effort of trials: what was measured in one language says nothing of the tunables of another. But
+    each knows the best of all of them, and ends where it does not expect to be any faster.
+
+    Args:
+        searches: language → its search.
+    """
+
+    def __init__(self, searches: Mapping[str, Search]) -> None:
+        self._searches = searches
+        self.total = sum(search.total for search in searches.values())
+
+    def batches(self) -> Iterator[list[Config]]:
+        waiting = [search.batches() for search in self._searches.values()]
+        while waiting:
+            for batches in list(waiting):
+                if batch := next(batches, None):
+                    yield batch
+                else:
+                    waiting.remove(batches)
+
+    def tell(self, config: Config, time_us: float | None) -> None:
+        self._searches[language_of(config)].tell(config, time_us)
+        if time_us is not None:
+            self.hear(time_us)
+
+    def hear(self, time_us: float) -> None:
+        for search in self._searches.values():
+            search.hear(time_us)
+
+
 def search_for(
+    kernels: Sequence[KernelSource],
+    problem: Problem,
+    tokens: int,
+    known: Mapping[Config, float | None],
+    first: Sequence[Config],
+    effort: Effort,
+    seed: int,
+    wanted: Sequence[Config] = (),
+) -> Search:
+    """The search for a bucket, in each of the op's ``kernels``. Other arguments as for ModelSearch."""
+    searches = {}
+    for kernel in kernels:
+        mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
+        searches[kernel.language] = search_in(kernel.space, problem, tokens, mine, first, effort, seed, wanted)
+    search = LanguageSearch(searches)
+    for time_us in filter(None, known.values()):
+        search.hear(time_us)
+    return search
+
+
+def search_in(
     space: SearchSpace,
     problem: Problem,
     tokens: int,

@@ -15,14 +15,15 @@ from autofuse.tuner.measure import Timing, gain
 __all__ = ["choose", "simplicity"]
 
 
-def choose(configs: Sequence[Config], timings: Sequence[Timing], space: SearchSpace, tie: float) -> Config:
-    """The simplest of those that tie with the fastest.
+def choose(configs: Sequence[Config], timings: Sequence[Timing], spaces: Sequence[SearchSpace], tie: float) -> Config:
+    """The simplest of those that tie with the fastest; of several languages, one in the first.
 
     A config ties with the fastest if the 95 % interval of the ratio of their times, over paired rounds, begins at
     1 + ``tie`` or below.
 
     Args:
         timings: of ``configs``, in paired rounds.
+        spaces: of the kernel in each of its languages.
         tie: the share by which processes differ that time the same kernel (addresses, clocks); the rounds of one
             process do not know of it.
     """
@@ -32,7 +33,12 @@ def choose(configs: Sequence[Config], timings: Sequence[Timing], space: SearchSp
         for config, timing in zip(configs, timings, strict=True)
         if timing is fastest or gain(timing, fastest).low <= 1.0 + tie
     ]
-    return min(level, key=lambda config: simplicity(space, config))
+    return min(level, key=lambda config: _simplicity_in(spaces, config))
+
+
+def _simplicity_in(spaces: Sequence[SearchSpace], config: Config) -> tuple[int, ...]:
+    place, space = next((place, space) for place, space in enumerate(spaces) if space.is_of(config))
+    return (place, *simplicity(space, config))
 
 
 def simplicity(space: SearchSpace, config: Config) -> tuple[int, ...]:

@@ -57,6 +57,9 @@ def compile_kernels(
     all_: Annotated[bool, typer.Option("--all", help="All GPU arches that kernels are written for.")] = False,
     op: OpsOption = None,
     configs: Annotated[int, typer.Option(help="Configs of each problem, the default first.", min=1)] = 4,
+    triton_configs: Annotated[
+        int, typer.Option(help="Configs of each op's kernel in Triton, of one problem, where Triton is.", min=0)
+    ] = 1,
     dtype: DtypeOption = "bf16",
     json: JsonOption = False,
 ) -> None:
@@ -78,7 +81,7 @@ def compile_kernels(
 
     from autofuse.tuner.compile_matrix import compile_jobs, jobs_for
 
-    jobs = jobs_for([name for name in arches if name not in unavailable], ops, dtype, configs)
+    jobs = jobs_for([name for name in arches if name not in unavailable], ops, dtype, configs, triton_configs)
     done: list[Outcome] = []
     interrupted = False
     try:

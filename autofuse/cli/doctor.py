@@ -19,6 +19,7 @@ from autofuse.cli.output import console, print_json
 from autofuse.errors import AutofuseError
 from autofuse.paths import cache_folder
 from autofuse.targets import KINDS, Check, toolchain
+from autofuse.targets.triton import triton_check
 
 __all__ = ["doctor"]
 
@@ -45,7 +46,7 @@ def doctor(
         return
     toolchains = {kind: toolchain(kind).checks() for kind in KINDS}
     files = [_cache_check(), _database_check(database)]
-    optional = [_package("transformers", "for Hugging Face models"), _package("triton", "for torch.compile on a GPU")]
+    optional = [_package("transformers", "for Hugging Face models"), triton_check()]
     ready = [kind for kind in KINDS if all(check.ok for check in toolchains[kind])]
     sound = bool(ready) and all(check.ok for check in files)
     groups = {"machine": _machine(), **toolchains, "files": files, "optional": optional}

@@ -6,7 +6,8 @@ from typing import Any
 
 from autofuse.cli.options import JsonOption, OpOption, checked_op
 from autofuse.cli.output import console, print_json
-from autofuse.ops import OPS, FusedOp
+from autofuse.kernels_src import source_hash
+from autofuse.ops import OPS, FusedOp, KernelSource
 
 __all__ = ["ops"]
 
@@ -29,7 +30,7 @@ def ops(op: OpOption = None, json: JsonOption = False) -> None:
         out.print(each.name, style="bold")
         out.print(f"  {facts['doc']}", markup=False, soft_wrap=True)
         out.print(f"  torch.ops.autofuse.{each.name}{each.schema}", markup=False, soft_wrap=True)
-        for kind, kernel in facts["targets"].items():
+        for kind, kernel in [*facts["targets"].items(), *facts["triton"].items()]:
             out.print(f"  {kind}: {kernel['source']}", markup=False)
             for tunable in kernel["tunables"]:
                 values = ", ".join(map(str, tunable["values"]))
@@ -43,16 +44,18 @@ def _as_dict(op: FusedOp) -> dict[str, Any]:
         "name": op.name,
         "doc": (type(op).__doc__ or "").strip().splitlines()[0],
         "schema": op.schema,
-        "targets": {
-            kind: {
-                "source": kernel.file,
-                "source_hash": op.source_hash(kind),
-                "tunables": [
-                    {"name": tunable.name, "values": tunable.values, "trades": tunable.trades}
-                    for tunable in kernel.space.tunables
-                ],
-                "constraints": [constraint.reason for constraint in kernel.space.constraints],
-            }
-            for kind, kernel in op.kernels.items()
-        },
+        "targets": {kind: _kernel(kernel) for kind, kernel in op.kernels.items()},
+        "triton": {kind: _kernel(kernel) for kind, kernel in op.triton_kernels.items()},
+    }
+
+
+def _kernel(kernel: KernelSource) -> dict[str, Any]:
+    return {
+        "source": kernel.file,
+        "source_hash": source_hash(kernel.file),
+        "tunables": [
+            {"name": tunable.name, "values": tunable.values, "trades": tunable.trades}
+            for tunable in kernel.space.tunables
+        ],
+        "constraints": [constraint.reason for constraint in kernel.space.constraints],
     }

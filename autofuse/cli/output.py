@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autofuse.cache_db import TunedDatabase, Winner
+from autofuse.cache_db import Rival, TunedDatabase, Winner
 from autofuse.ops import Config, Problem
+from autofuse.ops.languages import language_of
 from autofuse.targets import Target
 
 __all__ = ["baselines_us", "console", "gain", "microseconds", "plain", "print_json", "print_table", "print_winners"]
@@ -83,12 +84,14 @@ def print_winners(
     winners: Sequence[Winner],
     baselines: Mapping[Winner, Mapping[str, float]],
     states: Mapping[Winner, str] | None = None,
+    rivals: Mapping[Winner, Rival | None] | None = None,
 ) -> None:
     """One table for each target and problem.
 
     Args:
         baselines: kind → µs, for each winner.
         states: a word for each winner, where it has one.
+        rivals: the best in another language than the winner's, where anything was measured in one.
     """
     groups: dict[tuple[Target, Problem], list[Winner]] = {}
     for winner in winners:
@@ -101,10 +104,13 @@ def print_winners(
             known = baselines.get(winner, {})
             row = [winner.tokens, microseconds(winner.time_us), *(microseconds(known.get(kind)) for kind in kinds)]
             row += [gain(winner), winner.baseline + ("" if winner.beats_baseline else " (not beaten)"), winner.config]
-            rows.append([*row, (states or {}).get(winner, "")])
-        named = any(row[-1] for row in rows)
+            rival = (rivals or {}).get(winner)
+            language = f"{language_of(winner.config)}, {rival}" if rival else ""
+            rows.append([*row, language, (states or {}).get(winner, "")])
+        columns += ["language", "state"]
+        shown = [place for place in range(len(columns)) if place < len(columns) - 2 or any(row[place] for row in rows)]
         print_table(
             f"{problem} on {target}",
-            [*columns, *(["state"] if named else [])],
-            rows if named else [r[:-1] for r in rows],
+            [columns[place] for place in shown],
+            [[row[place] for place in shown] for row in rows],
         )

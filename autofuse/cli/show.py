@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from autofuse.cache_db import Trial, TunedDatabase, Winner
+from autofuse.cache_db import Trial, TunedDatabase, Winner, rival_of
 from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
 from autofuse.cli.output import baselines_us, microseconds, plain, print_json, print_table, print_winners
 from autofuse.errors import BadInput
+from autofuse.ops.languages import language_of
 
 __all__ = ["show"]
 
@@ -27,7 +28,8 @@ def show(
 
     The winners with their times, baselines, gain with its 95 % interval, and config; or the trials behind them. A
     winner is marked where it is stale (its kernel changed), suspect (the driver, toolkit or compiler did), or was
-    imported and not measured here.
+    imported and not measured here. Where a kernel was measured in several languages, it says which one won, and by
+    how much over the best trial in the other.
 
     Example: autofuse show --op mla_dual_rms_norm --target sm_90a
     """
@@ -50,6 +52,7 @@ def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) ->
     baselines = baselines_us(database, winners)
     marks = Marks(database)
     states = {winner: marks.of(winner) for winner in winners}
+    rivals = {winner: rival_of(database, winner) for winner in winners}
     if json:
         print_json(
             [
@@ -58,12 +61,14 @@ def _show_winners(database: TunedDatabase, winners: list[Winner], json: bool) ->
                     "beats_baseline": winner.beats_baseline,
                     "state": states[winner] or "fresh",
                     "baselines_us": baselines[winner],
+                    "language": language_of(winner.config),
+                    "other_language": rivals[winner],
                 }
                 for winner in winners
             ]
         )
     elif winners:
-        print_winners(winners, baselines, states)
+        print_winners(winners, baselines, states, rivals)
     else:
         typer.echo(f"No winners in {database.path}; `autofuse tune` makes them.")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import torch
 import typer
 
-from autofuse.cache_db import Captured, TunedDatabase, Winner
+from autofuse.cache_db import Captured, TunedDatabase, Winner, rival_of
 from autofuse.cli.forecast import print_forecast, read_or_blank
 from autofuse.cli.options import DatabaseOption, DtypeOption, JsonOption, OpsOption, SeedOption, parse_duration
 from autofuse.cli.output import baselines_us, print_json, print_winners
@@ -302,7 +302,8 @@ def _report(database: TunedDatabase, done: Sequence[BucketDone], json: bool) -> 
     states: dict[Winner, str] = {
         event.winner: "" if event.measured else "tuned already" for event in done if event.winner is not None
     }
-    print_winners(list(winners.values()), baselines, states)
+    rivals = {winner: rival_of(database, winner) for winner in winners.values()}
+    print_winners(list(winners.values()), baselines, states, rivals)
     for event in done:
         if event.winner is None:
             name = f"{event.bucket.problem} at T={event.bucket.tokens}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from autofuse.cache_db import Snapshot, explain_lookup
+from autofuse.cache_db import Lookup, Snapshot, TunedDatabase, explain_lookup, rival_of
 from autofuse.cli.options import DatabaseOption, DeviceOption, JsonOption
 from autofuse.cli.output import print_json
 from autofuse.errors import BadInput
 from autofuse.models import PRESETS, model_config
 from autofuse.ops import FusedOp, Problem, get_op
+from autofuse.ops.languages import language_of
 from autofuse.ops.problem import shortened, whole_number
 from autofuse.targets import parse_device, target_of
 
@@ -61,11 +63,12 @@ def why(
     problem = _problem(chosen, keys or [], model)
     low, high = _range(tokens)
     target = target_of(parse_device(device))
-    source_hash = chosen.source_hash(target.kind)
+    source_hashes = chosen.source_hashes(target.kind)
     snapshot = Snapshot.load(database, target)
-    lines = explain_lookup(snapshot, problem, low, high, source_hash)
+    lines = explain_lookup(snapshot, problem, low, high, *source_hashes)
+    answer = snapshot.lookup(problem, low, high, *source_hashes)
+    lines += _languages(snapshot, answer)
     if json:
-        answer = snapshot.lookup(problem, low, high, source_hash)
         facts = {
             "target": target,
             "problem": problem,
@@ -76,6 +79,16 @@ def why(
         print_json({**facts, "beats_baseline": answer.beats_baseline, "winners": answer.winners, "steps": lines})
     else:
         typer.echo("\n".join(lines))
+
+
+def _languages(snapshot: Snapshot, answer: Lookup) -> list[str]:
+    """A line for each winner that answers and was compared with a kernel in another language."""
+    if not answer.winners:
+        return []
+    path = next(islice(snapshot.layers(), answer.layer, None)).path
+    with TunedDatabase(path, read_only=True) as database:
+        rivals = [(winner, rival_of(database, winner)) for winner in answer.winners]
+    return [f"language: T={w.tokens}: {language_of(w.config)}, {rival}: {rival.config}" for w, rival in rivals if rival]
 
 
 def _graphs(last: int, html: Path | None, json: bool) -> None:

@@ -194,7 +194,7 @@ class Decider:
             return Decision(None, "target", str(error), problem)
 
     def _by_measurement(self, op: FusedOp, problem: Problem, site: Site, known: Knowledge, target: Target) -> Decision:
-        key = Key(target, problem, *token_range(site.tokens), op.source_hash(target.kind))
+        key = Key(target, problem, *token_range(site.tokens), op.source_hashes(target.kind))
         lookup = self._lookup(known, key)
         if not lookup.winners and self.settings.untuned == "tune":
             lookup = self._tuned(key, site.device, lookup)
@@ -220,7 +220,7 @@ class Decider:
             if not buckets:
                 continue
             if (why := self._unfit(op, key, buckets)) is None:
-                plan = Plan(key.target.arch, key.problem, buckets, key.source_hash)
+                plan = _plan(op, key, buckets)
                 whose = "its config" if rule == "same_arch" else "default config"
                 reason = "; ".join([*reasons, f"autofuse.untuned is 'fuse': {whose}"])
                 return replace(decision, plan=plan, rule=rule, reason=reason)
@@ -229,8 +229,8 @@ class Decider:
 
     def _unfit(self, op: FusedOp, key: Key, buckets: Iterable[tuple[int, Config]]) -> str | None:
         """Why one of the configs must not run here; None if all may."""
-        space = op.kernel_source(key.target.kind).space
         for _, config in buckets:
+            space = op.kernel_source(key.target.kind, config).space
             if (why := space.refusal(config, key.problem, _MANY_TOKENS)) is not None:
                 return f"{config} is no config of {op.name} for {key.target.kind} here: {why}"
             if (trial := self._evidence.failed(key, config)) is not None:
@@ -256,7 +256,7 @@ class Decider:
             return decision
         unfused = ", ".join(f"T={tokens}" for tokens, config in buckets if config is None)
         reason = f"{lookup.reason}; unfused where it is not faster: {unfused}" if unfused else lookup.reason
-        return replace(decision, plan=Plan(key.target.arch, key.problem, buckets, key.source_hash), reason=reason)
+        return replace(decision, plan=_plan(op, key, buckets), reason=reason)
 
     def _only_eager(self, lookup: Lookup, known: Knowledge) -> Winner | None:
         assert known.snapshot is not None, "winners are of a snapshot"
@@ -268,7 +268,7 @@ class Decider:
         if known.snapshot is None:
             warn_once(f"autofuse cannot read what was tuned: {known.fault}")
             return Lookup("untuned", (), known.fault)
-        return known.snapshot.lookup(key.problem, key.tokens_low, key.tokens_high, key.source_hash)
+        return known.snapshot.lookup(key.problem, key.tokens_low, key.tokens_high, *key.source_hashes)
 
     def _tuned(self, key: Key, device: torch.device, before: Lookup) -> Lookup:
         """Measures what was not measured, if there is time left for it, and looks again."""
@@ -350,6 +350,11 @@ class _Notebook:
 _notebook = _Notebook()
 
 
+def _plan(op: FusedOp, key: Key, buckets: tuple[tuple[int, Config | None], ...]) -> Plan:
+    source = op.plan_source(key.target.kind, (config for _, config in buckets))
+    return Plan(key.target.arch, key.problem, buckets, source)
+
+
 def _static_bucket(lookup: Lookup) -> tuple[tuple[int, Config | None], ...] | None:
     """What one static T runs: the first winner. The others only have a say in whether it is faster."""
     if not lookup.beats_baseline:
@@ -373,8 +378,8 @@ def _range_buckets(op: FusedOp, lookup: Lookup) -> tuple[tuple[int, Config | Non
 
 def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> str | None:
     """Why a winner's config is none that the op has for this problem, as an imported one may be; None if all are."""
-    space = op.kernel_source(kind).space
     for winner in lookup.winners:
+        space = op.kernel_source(kind, winner.config).space
         if (why := space.refusal(winner.config, problem, _MANY_TOKENS)) is not None:
             return (
                 f"the winner at T={winner.tokens}, {winner.config}, is no config of {op.name} for {kind} here: {why}; "

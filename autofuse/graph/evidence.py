@@ -41,10 +41,10 @@ class Key:
 
     Attributes:
         tokens_low, tokens_high: the range of T, equal if it is static.
-        source_hash: of the kernel's present source.
+        source_hashes: of the present sources of its kernels, one for each language.
 
     Example:
-        >>> str(Key(Target("cpu", "x86-64-v4", "EPYC"), Problem("op", (("width", 512),)), 1, 64, "a1b2"))
+        >>> str(Key(Target("cpu", "x86-64-v4", "EPYC"), Problem("op", (("width", 512),)), 1, 64, ("a1b2",)))
         'op(width=512) at T=1…64 on cpu:x86-64-v4:EPYC, kernel source a1b2'
     """
 
@@ -52,10 +52,15 @@ class Key:
     problem: Problem
     tokens_low: int
     tokens_high: int
-    source_hash: str
+    source_hashes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.problem} at T={self.tokens} on {self.target}, kernel source {self.source_hash}"
+        return f"{self.problem} at T={self.tokens} on {self.target}, kernel source {self.source}"
+
+    @property
+    def source(self) -> str:
+        """The hash, or what there is to choose from."""
+        return " or ".join(self.source_hashes)
 
     @property
     def captured(self) -> Captured:
@@ -116,7 +121,7 @@ class Evidence:
             self._trials[pair] = _rows(
                 self._paths, lambda database: database.every(Trial, key.target, None, key.problem)
             )
-        return [trial for trial in self._trials[pair] if trial.source_hash == key.source_hash]
+        return [trial for trial in self._trials[pair] if trial.source_hash in key.source_hashes]
 
     def only_eager(
         self, winners: Iterable[Winner], path: Path, compared: frozenset[tuple[str, int]] | None = None
@@ -205,7 +210,8 @@ def differences(row: Winner, key: Key) -> list[str]:
     pairs = [(name, str(getattr(row.target, name)), str(getattr(key.target, name))) for name in _TARGET]
     there, here = dict(row.problem.params), dict(key.problem.params)
     pairs += [(name, str(there.get(name)), str(here.get(name))) for name in {**here, **there}]
-    pairs.append(("kernel source", row.source_hash, key.source_hash))
+    if row.source_hash not in key.source_hashes:
+        pairs.append(("kernel source", row.source_hash, key.source))
     found = [f"{name}: {a}, not {b}" for name, a, b in pairs if a != b]
     if not _in_reach(row, key):
         found.append(f"T: {row.tokens}, which does not serve {key.tokens}")
@@ -220,7 +226,7 @@ def _distance(row: Winner, key: Key) -> float:
     there, here = row.target, key.target
     far = _OTHER_KIND * (there.kind != here.kind) + _OTHER_ARCH * (there.arch != here.arch)
     far += _OTHER_DEVICE * (there.device_name != here.device_name) + _OTHER_SOURCE * (
-        row.source_hash != key.source_hash
+        row.source_hash not in key.source_hashes
     )
     params, asked = dict(row.problem.params), dict(key.problem.params)
     for name in {**asked, **params}:

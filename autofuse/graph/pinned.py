@@ -74,6 +74,7 @@ def _what_is_of_use() -> str:
     values = [
         (op.name, kind, [(tunable.name, tunable.values) for tunable in kernel.space.tunables])
         for op in OPS.values()
-        for kind, kernel in op.kernels.items()
+        for kind in op.kernels
+        for kernel in op.kernel_sources(kind)
     ]
     return f"{sources_hash()}|{values}"

@@ -28,7 +28,7 @@ def sources_hash() -> str:
     for op in OPS.values():
         for kind in KINDS:
             try:
-                digest.update(f"{op.name} {kind} {op.source_hash(kind)}".encode())
+                digest.update(f"{op.name} {kind} {'+'.join(op.source_hashes(kind))}".encode())
             except UnsupportedCall:
                 continue
     return digest.hexdigest()

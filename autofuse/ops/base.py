@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,11 @@ import torch
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.kernels_src import source_hash
 from autofuse.ops.binding import Binding, IndexBound, LaunchShape
+from autofuse.ops.languages import CPP, TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import SearchSpace
 from autofuse.targets import KernelSpec
+from autofuse.targets.triton import triton_unavailable
 
 __all__ = ["DTYPES", "FusedOp", "KernelSource", "Tolerance", "dtype_name"]
 
@@ -37,10 +40,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel for one kind of target.
+    """A kernel for one kind of target, in one language.
 
     Attributes:
-        file: in ``kernels_src``.
+        file: in ``kernels_src``: C++, or Python for Triton.
         space: its tunables.
         default: what runs where nobody has tuned: sound everywhere, best nowhere.
     """
@@ -48,6 +51,11 @@ class KernelSource:
     file: str
     space: SearchSpace
     default: Callable[[Problem, int], Config]
+
+    @property
+    def language(self) -> str:
+        """``c++`` or ``triton``."""
+        return TRITON if self.file.endswith(".py") else CPP
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ class FusedOp(ABC):
     in each with AUTOFUSE_CHECK_INDICES=1.
     """
     kernels: ClassVar[Mapping[str, KernelSource]]
-    """Kind of target → its kernel."""
+    """Kind of target → its kernel, in C++."""
+    triton_kernels: ClassVar[Mapping[str, KernelSource]] = MappingProxyType({})
+    """Kind of target → the same in Triton, whose configs are tuned beside those of ``kernels`` where Triton is."""
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -241,15 +251,44 @@ class FusedOp(ABC):
     def _defaults(self) -> tuple[Any, ...]:
         return tuple(argument.default_value for argument in torch._C.parse_schema(self.name + self.schema).arguments)
 
-    def source_hash(self, kind: str) -> str:
-        """Changes with the kernel's source. Raises UnsupportedCall if there is no kernel for ``kind``."""
-        return source_hash(self.kernel_source(kind).file)
+    def source_hash(self, kind: str, config: Config | None = None) -> str:
+        """Changes with the source of the kernel that ``config`` is of, the C++ one unless it is given.
 
-    def kernel_source(self, kind: str) -> KernelSource:
-        """The kernel for a kind of target. Raises UnsupportedCall."""
+        Raises UnsupportedCall if there is no kernel for ``kind``.
+        """
+        return source_hash(self.kernel_source(kind, config).file)
+
+    def source_hashes(self, kind: str) -> tuple[str, ...]:
+        """Of each kernel that can be compiled here, the C++ one's first. Raises UnsupportedCall."""
+        return tuple(source_hash(kernel.file) for kernel in self.kernel_sources(kind))
+
+    def plan_source(self, kind: str, configs: Iterable[Config | None]) -> str:
+        """What a plan of these configs names as its source: the hashes of their kernels, joined by ``+``.
+
+        Raises UnsupportedCall.
+        """
+        hashes = {self.source_hash(kind, config): None for config in configs if config is not None}
+        return "+".join(sorted(hashes)) or self.source_hash(kind)
+
+    def kernel_source(self, kind: str, config: Config | None = None) -> KernelSource:
+        """The kernel for a kind of target that ``config`` is of: the C++ one unless it is given, or where there is no
+        other, so that its space says what is wrong with the config. Raises UnsupportedCall.
+        """
         if kind not in self.kernels:
             raise UnsupportedCall(f"{self.name} has no kernel for {kind}; it has for {', '.join(self.kernels)}")
+        if config is not None and language_of(config) == TRITON:
+            return self.triton_kernels.get(kind, self.kernels[kind])
         return self.kernels[kind]
+
+    def kernel_sources(self, kind: str) -> tuple[KernelSource, ...]:
+        """The kernels for a kind of target that can be compiled here: the C++ one, and with Triton the one in that.
+
+        Raises UnsupportedCall.
+        """
+        first = self.kernel_source(kind)
+        if kind not in self.triton_kernels or triton_unavailable() is not None:
+            return (first,)
+        return first, self.triton_kernels[kind]
 
     def default_config(self, kind: str, problem: Problem, tokens: int) -> Config:
         """The config that runs where nobody has tuned."""

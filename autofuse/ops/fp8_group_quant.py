@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
+from autofuse.ops import fp8_group_quant_triton as triton
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
+from autofuse.ops.languages import TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.quant import NVFP4, STATIC, QuantFormat, ScaleLayout
 from autofuse.ops.rms_norm import rms_norm, rms_norm_exact
@@ -222,6 +224,8 @@ class Fp8GroupQuant(FusedOp):
         "cpu": KernelSource("fp8_group_quant.cpp", _CPU_SPACE, _cpu_default),
     }
 
+    triton_kernels = triton.TRITON_KERNELS
+
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -403,6 +407,8 @@ class Fp8GroupQuant(FusedOp):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        if language_of(config) == TRITON:
+            return triton.spec(kind, problem, config, self.binding(problem))
         return KernelSpec(
             source=self.kernel_source(kind).file,
             entry=self.name,
@@ -449,6 +455,8 @@ class Fp8GroupQuant(FusedOp):
         )
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
+        if language_of(config) == TRITON:
+            return triton.launch_shape(problem, config)
         if "LOADS" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
         units = 1 if problem.int("norm") else problem.int("width") // _unit(config, problem)

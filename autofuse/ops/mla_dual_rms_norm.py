@@ -12,9 +12,11 @@ from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, Result, TensorArg
 from autofuse.ops.common import THREADING, THREADING_CONSTRAINTS, most_threads, rows_apart
+from autofuse.ops.languages import IN_TRITON, TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rms_norm import rms_norm, rms_norm_exact
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
+from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["CPU_SPACE", "GPU_SPACE", "HIP_SPACE", "MlaDualRmsNorm", "cpu_default", "gpu_default", "hip_default"]
@@ -126,6 +128,54 @@ HIP_SPACE = SearchSpace(
 )
 
 
+_TRITON_VALUES = 64  # fp32 values of a row that a thread may hold; the rest of 255 registers is for arithmetic
+
+
+def _fits_triton_registers(config: Config, problem: Problem, tokens: int) -> bool:
+    lanes = _WARP * config["NUM_WARPS"]
+    halves = (("q_lora_rank", config["Q_ROWS"]), ("kv_lora_rank", config["KV_ROWS"]))
+    return all(rows * power_of_two(problem.int(name)) <= _TRITON_VALUES * lanes for name, rows in halves)
+
+
+def _fills_triton_warps(config: Config, problem: Problem, tokens: int) -> bool:
+    """A block with more lanes than elements computes each several times."""
+    elements = config["Q_ROWS"] * power_of_two(problem.int("q_lora_rank"))
+    return config["NUM_WARPS"] == 1 or elements >= _WARP * config["NUM_WARPS"]
+
+
+TRITON_SPACE = SearchSpace(
+    (
+        IN_TRITON,
+        NUM_WARPS,
+        Tunable("Q_ROWS", (1, 2, 4, 8), "tokens of q in a block: fewer blocks, against less even load and registers"),
+        Tunable("KV_ROWS", (1, 2, 4, 8), "the same of kv"),
+        Tunable("VEC_BYTES", (16, 4), "what rows are multiples of, and loads widened to: against more alignment"),
+        Tunable(
+            "READ_ONCE", (0, 1), "activations leave the caches after reading: room for others, against readers to come"
+        ),
+        Tunable(
+            "PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2): hides launches"
+        ),
+    ),
+    (
+        Constraint("a row must be a whole number of vectors", _whole_vectors),
+        Constraint(
+            "narrower loads are for rows that no wider ones divide",
+            lambda c, p, t: c["VEC_BYTES"] == 16 or not _whole_vectors(Config.of(c, VEC_BYTES=16), p, t),
+        ),
+        Constraint(f"a thread holds at most {_TRITON_VALUES} values of its rows", _fits_triton_registers),
+        Constraint("a block has no more lanes than elements of q", _fills_triton_warps),
+        Constraint(
+            "a block that takes more tokens than there are does nothing for the rest",
+            lambda c, p, t: max(c["Q_ROWS"], c["KV_ROWS"]) <= max(t, 1),
+        ),
+        Constraint(
+            "kv rows are the shorter ones: a block takes as many or more", lambda c, p, t: c["Q_ROWS"] <= c["KV_ROWS"]
+        ),
+    ),
+)
+
+
 CPU_SPACE = SearchSpace(
     (
         *THREADING,
@@ -168,6 +218,16 @@ def hip_default(problem: Problem, tokens: int) -> Config:
     return Config.of(config, Q_WARPS=q_warps, KV_WARPS=kv_warps, **fixed)
 
 
+def triton_default(problem: Problem, tokens: int) -> Config:
+    plain = Config.of(TRITON=1, Q_ROWS=1, KV_ROWS=1, VEC_BYTES=16, READ_ONCE=0, PDL=0)
+    vec_bytes = 16 if _whole_vectors(plain, problem, tokens) else 4
+    widest = power_of_two(max(problem.int("q_lora_rank"), problem.int("kv_lora_rank")))
+    fewest = -(-widest // (_WARP * _TRITON_VALUES))
+    most = max(power_of_two(problem.int("q_lora_rank")) // _WARP, 1)
+    warps = max(power_of_two(fewest), min(4, most))
+    return Config.of(plain, NUM_WARPS=warps, VEC_BYTES=vec_bytes)
+
+
 def cpu_default(problem: Problem, tokens: int) -> Config:
     threads = 1 if tokens <= 32 else most_threads(tokens)
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
@@ -200,6 +260,11 @@ class MlaDualRmsNorm(FusedOp):
         "cuda": KernelSource("mla_dual_rms_norm.cu", GPU_SPACE, gpu_default),
         "hip": KernelSource("mla_dual_rms_norm.cu", HIP_SPACE, hip_default),
         "cpu": KernelSource("mla_dual_rms_norm.cpp", CPU_SPACE, cpu_default),
+    }
+
+    triton_kernels = {  # noqa: RUF012
+        "cuda": KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default),
+        "hip": on_amd(KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default)),
     }
 
     def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -359,6 +424,8 @@ class MlaDualRmsNorm(FusedOp):
         return (2 * tokens + 1) * width * _element_bytes(problem)
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        if language_of(config) == TRITON:
+            return self._triton_spec(kind, problem, config)
         block = 1 if kind == "cpu" else _lanes(config) * config["ROWS"] * (config["Q_WARPS"] + config["KV_WARPS"])
         return KernelSpec(
             source=self.kernel_source(kind).file,
@@ -373,6 +440,21 @@ class MlaDualRmsNorm(FusedOp):
             params_format=self.binding(problem).params_format,
             block=block,
             programmatic_launch=bool(config.get("PDL", 0)),
+        )
+
+    def _triton_spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        widths = {"Q": problem.int("q_lora_rank"), "KV": problem.int("kv_lora_rank")}
+        return triton_spec(
+            self.kernel_source(kind, config).file,
+            self.name,
+            self.binding(problem),
+            config,
+            {
+                **{f"{name}_WIDTH": width for name, width in widths.items()},
+                **{f"{name}_BLOCK": power_of_two(width) for name, width in widths.items()},
+                "CAST_BEFORE_WEIGHT": problem.int("cast_before_weight"),
+            },
+            align=config["VEC_BYTES"],
         )
 
     def binding(self, problem: Problem) -> Binding:
@@ -406,4 +488,11 @@ class MlaDualRmsNorm(FusedOp):
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
         if "VEC_BYTES" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
+        if language_of(config) == TRITON:
+            return LaunchShape(
+                units_per_block=config["Q_ROWS"],
+                more_per_token=1,
+                more_per_block=config["KV_ROWS"],
+                align=config["VEC_BYTES"],
+            )
         return LaunchShape(units_per_block=config["ROWS"] * config["UNROLL"], align=config["VEC_BYTES"])

@@ -12,9 +12,11 @@ import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops import mla_rope_kv_cache_cat_kernels as kernels
+from autofuse.ops import mla_rope_kv_cache_cat_triton as triton
 from autofuse.ops.base import DTYPES, FusedOp, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, IndexBound, LaunchShape
 from autofuse.ops.common import rows_apart
+from autofuse.ops.languages import TRITON, language_of
 from autofuse.ops.mla_rope_kv_cache_cat_kernels import (
     CACHES,
     DS_MLA_BYTES,
@@ -100,6 +102,7 @@ class MlaRopeKvCacheCat(FusedOp):
     mutates = (7, 8)
     shared = (4, 5, 6)
     kernels = kernels.KERNELS
+    triton_kernels = triton.TRITON_KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -486,13 +489,16 @@ class MlaRopeKvCacheCat(FusedOp):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        if language_of(config) == TRITON:
+            return triton.spec(kind, problem, config, self.binding(problem))
         return kernels.spec(kind, problem, config)
 
     def binding(self, problem: Problem) -> Binding:
         return kernels.binding(problem)
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
-        return kernels.launch_shape(problem, config)
+        shape_of = triton.launch_shape if language_of(config) == TRITON else kernels.launch_shape
+        return shape_of(problem, config)
 
 
 @dataclass(frozen=True)

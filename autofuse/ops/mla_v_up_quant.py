@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
+from autofuse.ops import mla_v_up_quant_triton as triton
 from autofuse.ops.base import DTYPES, FusedOp, KernelSource, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, Field, FieldKind, LaunchShape, TensorArg
 from autofuse.ops.common import THREADING, rows_apart
+from autofuse.ops.languages import TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.quant import NVFP4, STATIC, QuantFormat, ScaleLayout
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
@@ -279,6 +281,7 @@ class MlaVUpQuant(FusedOp):
         "hip": KernelSource("mla_v_up_quant.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("mla_v_up_quant.cpp", _CPU_SPACE, _cpu_default),
     }
+    triton_kernels = triton.TRITON_KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -479,6 +482,8 @@ class MlaVUpQuant(FusedOp):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        if language_of(config) == TRITON:
+            return triton.spec(kind, problem, config, self.binding(problem))
         return KernelSpec(
             source=self.kernel_source(kind).file,
             entry=self.name,
@@ -530,6 +535,8 @@ class MlaVUpQuant(FusedOp):
         )
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
+        if language_of(config) == TRITON:
+            return triton.launch_shape(problem, config)
         if "TOKENS" not in config:  # the CPU kernel splits the work itself and loads from any address
             return LaunchShape()
         return LaunchShape(

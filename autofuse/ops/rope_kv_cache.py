@@ -10,9 +10,11 @@ import torch
 
 from autofuse.errors import BadInput, UnsupportedCall
 from autofuse.ops import rope_kv_cache_kernels as kernels
+from autofuse.ops import rope_kv_cache_triton as triton
 from autofuse.ops.base import DTYPES, FusedOp, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, IndexBound, LaunchShape
 from autofuse.ops.common import rows_apart
+from autofuse.ops.languages import TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import (
     E4M3_EPSILON,
@@ -109,6 +111,7 @@ class RopeKvCache(FusedOp):
     mutates = (K_CACHE, V_CACHE)
     shared = (POSITIONS, TABLE, SLOTS)
     kernels = kernels.KERNELS
+    triton_kernels = triton.TRITON_KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -506,13 +509,16 @@ class RopeKvCache(FusedOp):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
+        if language_of(config) == TRITON:
+            return triton.spec(kind, problem, config, self.binding(problem))
         return kernels.spec(kind, problem, config)
 
     def binding(self, problem: Problem) -> Binding:
         return kernels.binding(problem)
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
-        return kernels.launch_shape(problem, config)
+        shape_of = triton.launch_shape if language_of(config) == TRITON else kernels.launch_shape
+        return shape_of(problem, config)
 
 
 def _writes(args: Sequence[Any]) -> bool:

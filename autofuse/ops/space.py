@@ -40,9 +40,13 @@ class SearchSpace:
     tunables: tuple[Tunable, ...]
     constraints: tuple[Constraint, ...] = ()
 
+    def is_of(self, config: Config) -> bool:
+        """Whether ``config`` has this space's tunables, with whatever values."""
+        return set(config) == {tunable.name for tunable in self.tunables}
+
     def refusal(self, config: Config, problem: Problem, tokens: int) -> str | None:
         """Why ``config`` is not a point of this space for that problem and T; None where it is one."""
-        if set(config) != {tunable.name for tunable in self.tunables}:
+        if not self.is_of(config):
             return (
                 f"its tunables are {', '.join(sorted(config))}, the space's {', '.join(t.name for t in self.tunables)}"
             )

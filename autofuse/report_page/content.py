@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autofuse.cache_db import Baseline, FormerWinner, Trial, TunedDatabase, Winner, is_stale
+from autofuse.cache_db import Baseline, FormerWinner, Rival, Trial, TunedDatabase, Winner, is_stale, rival_of
 from autofuse.errors import AutofuseError
 from autofuse.ops import OPS, Problem
 from autofuse.report_page.peers import Peers, Times
@@ -47,12 +47,14 @@ class Bucket:
         baselines_us: kind of baseline → median time in µs.
         floor_us: the time that the bytes it must move take at the device's bandwidth; None where that is unknown.
         state: what speaks against using it; "" where nothing does.
+        rival: the best in another language, where anything was measured in one.
     """
 
     winner: Winner
     baselines_us: Mapping[str, float]
     floor_us: float | None
     state: str
+    rival: Rival | None = None
 
     @property
     def share(self) -> float | None:
@@ -123,7 +125,7 @@ def gather(database: TunedDatabase, state_of: Callable[[Winner], str], peers: Se
         limit, moved = limits.get(winner.target), _bytes_moved(winner)
         floor = None if limit is None or moved is None else moved / limit.bytes_per_s * 1e6
         known = baselines.get((winner.target, winner.problem, winner.tokens), {winner.baseline: winner.baseline_us})
-        bucket = Bucket(winner, known, floor, state_of(winner))
+        bucket = Bucket(winner, known, floor, state_of(winner), rival_of(database, winner))
         groups.setdefault((winner.target, winner.problem), []).append(bucket)
     trials = database.every(Trial)
     by_kernel: dict[tuple[object, ...], list[Trial]] = {}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from autofuse.ops.languages import language_of
 from autofuse.report_page.content import Bucket, Curve, Limit, Report, every_tokens
 from autofuse.report_page.plot import gain_bar, share_bar, times_plot
 from autofuse.targets import Target
@@ -148,7 +149,8 @@ def _buckets(curve: Curve) -> str:
         row.append((f"{winner.gain:.2f}× [{winner.gain_low:.2f}, {winner.gain_high:.2f}]", "number"))
         row.append((gain_bar(winner), ""))
         row.append(("–" if share is None else f"{share:.0%}", "number"))
-        row += [(_breaking(winner.config), "mono"), (escape(bucket.state or "fresh"), "")]
+        language = f" ({language_of(winner.config)}, {bucket.rival})" if bucket.rival else ""
+        row += [(_breaking(winner.config) + escape(language), "mono"), (escape(bucket.state or "fresh"), "")]
         rows.append(row)
     return _table(heads, rows)
 

@@ -94,11 +94,13 @@ def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
     target = target_of(device)
     if plan.arch != target.arch:
         raise UnsuitedPlan(f"the plan is for {plan.arch}, the device is {target}")
-    if not plan.made_for(op.source_hash(target.kind)):
+    if not plan.made_for(op.plan_source(target.kind, plan.configs)):
         raise UnsuitedPlan(f"plan {plan.name} was tuned with another version of the kernel: compile the model again")
-    space = op.kernel_source(target.kind).space
-    for _, config in plan.buckets:
-        if config is not None and (why := space.refusal(config, plan.problem, _ANY_TOKENS)):
+    for config in plan.configs:
+        if config is None:
+            continue
+        space = op.kernel_source(target.kind, config).space
+        if why := space.refusal(config, plan.problem, _ANY_TOKENS):
             raise UnsuitedPlan(f"config {config} of plan {plan.name} is not of the search space: {why}")
     kernels: dict[Config, Kernel] = {}
     variants = []
@@ -119,7 +121,7 @@ def resolve_plan(op: FusedOp, problem: Problem, target: Target) -> Plan:
     """
     from autofuse.cache_db import Snapshot  # here: compiled graphs bring their plans and never need the database
 
-    winners = Snapshot.load(None, target).buckets(problem, op.source_hash(target.kind))
+    winners = Snapshot.load(None, target).buckets(problem, *op.source_hashes(target.kind))
     buckets = tuple((winner.tokens, winner.config) for winner in winners)
     defaults = ((tokens, op.default_config(target.kind, problem, tokens)) for tokens in RANGE_BUCKETS)
     return Plan(target.arch, problem, buckets or tuple(defaults))

@@ -21,6 +21,7 @@ import torch
 from autofuse.errors import AutofuseError, TargetUnavailable
 from autofuse.ops import Binding, FusedOp, LaunchShape
 from autofuse.targets import Kernel, build_host_library
+from autofuse.targets.base import field_offsets
 from autofuse.targets.cuda_driver import driver
 
 __all__ = ["NativeDispatcher", "Variant", "load_native"]
@@ -29,6 +30,7 @@ logger = logging.getLogger("autofuse.runtime")
 
 _MAX_DIMS = 6
 _MAX_PARAMS_BYTES = 512
+_MAX_FIELDS = 64
 _SOURCE = "dispatch.cpp"
 
 
@@ -95,7 +97,7 @@ class _Variant(ctypes.Structure):
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("programmatic", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
+        ("separate_arguments", ctypes.c_int32),
     )
 
 
@@ -155,7 +157,8 @@ class NativeDispatcher:
 
     def bind(self, op: FusedOp, plan: str, device: torch.device, binding: Binding, variants: Sequence[Variant]) -> None:
         """From now on, calls of ``op`` with this plan that ``binding`` accepts are launched natively."""
-        if op.name not in self._slots or struct.calcsize(binding.params_format) > _MAX_PARAMS_BYTES:
+        size = struct.calcsize(binding.params_format)
+        if op.name not in self._slots or size > _MAX_PARAMS_BYTES or len(binding.fields) > _MAX_FIELDS:
             return
         tensors = [
             _TensorGuard(
@@ -172,8 +175,8 @@ class NativeDispatcher:
         constants = [_Constant(index, isinstance(value, bool), int(value)) for index, value in binding.constants]
         constants += [_Constant(index, 0, 0) for index in binding.absent]  # None is a null pointer
         fields = [
-            _Field(field.kind, field.index, field.dim, struct.calcsize(binding.params_format[:i] + "0" + code))
-            for i, (field, code) in enumerate(zip(binding.fields, binding.params_format, strict=True))
+            _Field(field.kind, field.index, field.dim, offset)
+            for field, offset in zip(binding.fields, field_offsets(binding.params_format), strict=True)
         ]
         results = [
             _Result(
@@ -241,8 +244,8 @@ def _native(variant: Variant) -> _Variant:
     grid = (shape.units_per_token, shape.units_per_block, shape.repeat, *more, shape.align)
     if kernel is None:
         return _Variant(variant.tokens, 0, *grid, 1, 0, 0, 0)
-    launch = (kernel.block, kernel.shared_bytes, kernel.programmatic_launch)
-    return _Variant(variant.tokens, kernel.address, *grid, *launch, 0)
+    launch = (kernel.block, kernel.shared_bytes, kernel.programmatic_launch, kernel.separate_arguments)
+    return _Variant(variant.tokens, kernel.address, *grid, *launch)
 
 
 def _table(kind: type[Any], rows: Sequence[Any]) -> list[Any]:

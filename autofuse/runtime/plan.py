@@ -27,7 +27,8 @@ class Plan:
         problem: the call the configs are for.
         buckets: (tokens, config), ascending. A call of T tokens runs the config of the smallest bucket ≥ T, or the
             largest bucket. A bucket whose config is None runs the op's reference, unfused.
-        source: the hash of the kernel's source that the configs were tuned with; "" if any will do.
+        source: the hash of the kernel's source that the configs were tuned with, or the hashes of several, as
+            ``FusedOp.plan_source`` joins them; "" if any will do.
 
     Example:
         >>> plan = Plan.parse("sm_90a@1f2e3d4c|mla_dual_rms_norm(dtype=bf16)|64:ROWS=1|1024:unfused|2048:ROWS=4")
@@ -64,9 +65,14 @@ class Plan:
             buckets.append((int(tokens), None if config == _UNFUSED else Config.parse(config)))
         return cls(arch, Problem.parse(rest[0]), tuple(buckets), source)
 
-    def made_for(self, source_hash: str) -> bool:
-        """Whether its configs were tuned with the kernel's source that has this hash."""
-        return self.source in ("", source_hash)
+    @property
+    def configs(self) -> tuple[Config | None, ...]:
+        """Of its buckets, in their order."""
+        return tuple(config for _, config in self.buckets)
+
+    def made_for(self, source: str) -> bool:
+        """Whether its configs were tuned with the present source of their kernels: ``FusedOp.plan_source`` of them."""
+        return self.source in ("", source)
 
     @cached_property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from autofuse.errors import BadInput, TargetUnavailable
-from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
+from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain, TritonSpec
 from autofuse.targets.cpu import CpuToolchain, build_host_library
 from autofuse.targets.cuda import CudaToolchain
 from autofuse.targets.hip import HipToolchain
@@ -21,6 +21,7 @@ __all__ = [
     "Resources",
     "Target",
     "Toolchain",
+    "TritonSpec",
     "build_host_library",
     "kind_of_arch",
     "parse_device",

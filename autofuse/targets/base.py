@@ -6,12 +6,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from struct import calcsize
 
 import torch
 
 from autofuse.errors import BadInput
 
-__all__ = ["Artifact", "Check", "Kernel", "KernelSpec", "Resources", "Target", "Toolchain"]
+__all__ = [
+    "HIDDEN_ARGUMENTS",
+    "Artifact",
+    "Check",
+    "Kernel",
+    "KernelSpec",
+    "Resources",
+    "Target",
+    "Toolchain",
+    "TritonSpec",
+    "field_offsets",
+]
+
+HIDDEN_ARGUMENTS = 4
+"""Triton adds pointers of its own to a kernel's arguments, in 3.6 two: to scratch memory, which none of ours asks for.
+A launch offers so many null pointers; the driver reads as many as the kernel has."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +73,37 @@ class Target:
 
 
 @dataclass(frozen=True)
+class TritonSpec:
+    """What Triton compiles a kernel with, besides its constants.
+
+    Attributes:
+        signature: of each run-time argument, in order: Triton's name of its type (``*bf16``, ``i64``), and a power of
+            two that every value is a multiple of: bytes of an address, elements of a stride.
+        num_warps: of a block.
+        num_stages: of software pipelining, in kernels with loops.
+        waves_per_eu: on AMD, how many waves of a SIMD the compiler aims at; 0: as it likes.
+    """
+
+    signature: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int = 1
+    waves_per_eu: int = 0
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """What to compile: one kernel source with its tunables and the problem's constants fixed.
 
     Attributes:
         source: file name in ``kernels_src``.
-        entry: the ``extern "C"`` function's name.
-        defines: name → value, passed as ``-DNAME=value``.
-        params_format: the ``struct`` format of the kernel's one parameter, the C struct ``Params``.
-        block: threads per block (GPU); 1 on a CPU.
-        shared_bytes: dynamic shared memory per block, in bytes.
+        entry: the ``extern "C"`` function's name, or the Triton function's.
+        defines: name → value, passed as ``-DNAME=value``, or as ``tl.constexpr`` arguments.
+        params_format: the ``struct`` format of the kernel's one parameter, the C struct ``Params``. A Triton kernel
+            takes the same fields as arguments of their own.
+        block: threads per block (GPU); 1 on a CPU. Of a Triton kernel, the compiler decides.
+        shared_bytes: dynamic shared memory per block, in bytes. Of a Triton kernel, the compiler decides.
         programmatic_launch: launch with programmatic dependent launch (NVIDIA, sm_90 and later).
+        triton: None for C++.
     """
 
     source: str
@@ -77,6 +113,21 @@ class KernelSpec:
     block: int = 1
     shared_bytes: int = 0
     programmatic_launch: bool = False
+    triton: TritonSpec | None = None
+
+    def argument_offsets(self) -> tuple[int, ...]:
+        """Where each of the kernel's arguments begins in the packed parameters: a C++ kernel has one, the struct."""
+        return (0,) if self.triton is None else tuple(field_offsets(self.params_format))
+
+
+def field_offsets(params_format: str) -> list[int]:
+    """Where each field of a parameter struct begins, in bytes.
+
+    Example:
+        >>> field_offsets("Piqf")
+        [0, 8, 16, 24]
+    """
+    return [calcsize(f"{params_format[:i]}0{code}") for i, code in enumerate(params_format)]
 
 
 @dataclass(frozen=True)
@@ -111,12 +162,14 @@ class Kernel(ABC):
     Attributes:
         address: of the C function (CPU), or the driver's function handle (CUDA).
         block, shared_bytes, programmatic_launch: how it is launched, as in KernelSpec.
+        separate_arguments: whether the fields of its parameters are arguments of their own (Triton), not one struct.
     """
 
     address: int
     block: int = 1
     shared_bytes: int = 0
     programmatic_launch: bool = False
+    separate_arguments: bool = False
 
     @abstractmethod
     def launch(self, blocks: int, *params: int | float) -> None:

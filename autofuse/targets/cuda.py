@@ -23,6 +23,7 @@ from autofuse.targets.cuda_driver import (
     programmatic_launch_attribute,
 )
 from autofuse.targets.kernel_cache import KernelCache
+from autofuse.targets.triton import argument_pointers, compile_triton, launched
 
 __all__ = ["CudaToolchain"]
 
@@ -42,7 +43,7 @@ class _LaunchState:
 
     def __init__(self, spec: KernelSpec, params: struct.Struct, programmatic: bool) -> None:
         self.params = ctypes.create_string_buffer(params.size)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self._pointers = argument_pointers(spec, self.params)
         self._attributes = programmatic_launch_attribute()
         self.config = LaunchConfig(1, 1, 1, spec.block, 1, 1, spec.shared_bytes)
         if programmatic:
@@ -56,6 +57,7 @@ class _CudaKernel(Kernel):
     def __init__(self, spec: KernelSpec, function: int, module: int, device: int) -> None:
         self.address = function
         self.block, self.shared_bytes = spec.block, spec.shared_bytes
+        self.separate_arguments = spec.triton is not None
         # Earlier GPUs run the same kernel without it.
         self.programmatic_launch = spec.programmatic_launch and torch.cuda.get_device_capability(device) >= (9, 0)
         self._spec = spec
@@ -128,12 +130,16 @@ class CudaToolchain(Toolchain):
         return kilobytes and kilobytes << 10
 
     def compile(self, spec: KernelSpec, arch: str) -> Artifact:
+        if spec.triton is not None:
+            return compile_triton(spec, arch, self._cache)
         flags = nvrtc.flags(spec, arch)
         key = [*sources(spec.source).values(), *flags, nvrtc.version()]
         return self._cache.get(spec.entry, key, lambda binary: nvrtc.compile_cubin(spec, arch, binary))
 
     def load(self, spec: KernelSpec, artifact: Artifact, device: torch.device) -> Kernel:
         index = torch.cuda.current_device() if device.index is None else device.index
+        if spec.triton is not None:
+            spec = launched(spec, artifact, self.target(device).arch)
         try:
             image = artifact.path.read_bytes()
         except OSError as error:

@@ -26,6 +26,7 @@ from autofuse.errors import AutofuseError, BadInput, CompileError, LaunchError, 
 from autofuse.kernels_src import sources, write_sources
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
 from autofuse.targets.kernel_cache import KernelCache
+from autofuse.targets.triton import argument_pointers, compile_triton, launched
 
 __all__ = ["HipToolchain"]
 
@@ -62,13 +63,14 @@ class _Clang:
 class _HipKernel(Kernel):
     def __init__(self, spec: KernelSpec, function: int, module: int, device: int) -> None:
         self.address, self.block, self.shared_bytes = function, spec.block, spec.shared_bytes
+        self.separate_arguments = spec.triton is not None
         self._spec, self._module, self._device = spec, module, device
         self._pack = struct.Struct(spec.params_format).pack
 
     def launch(self, blocks: int, *params: int | float) -> None:
         # The runtime copies the parameters before it returns.
         content = ctypes.create_string_buffer(self._pack(*params))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(content))
+        pointers = argument_pointers(self._spec, content)
         with torch.cuda.device(self._device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             grid, block = (blocks, 1, 1), (self.block, 1, 1)
@@ -114,6 +116,8 @@ class HipToolchain(Toolchain):
         return _MORE_SHARED_BYTES.get(arch, _SHARED_BYTES)
 
     def compile(self, spec: KernelSpec, arch: str) -> Artifact:
+        if spec.triton is not None:
+            return compile_triton(spec, arch, self._cache)
         self.check_arch(arch)
         defines = [f"-D{name}={value}" for name, value in spec.defines.items()]
         # CDNA (gfx9) has 64 lanes; RDNA runs 32 unless told.
@@ -130,7 +134,9 @@ class HipToolchain(Toolchain):
         return self._cache.get(spec.entry, key, lambda binary: _compile_clang(clang, spec, arch, flags, binary))
 
     def load(self, spec: KernelSpec, artifact: Artifact, device: torch.device) -> Kernel:
-        self.target(device)
+        arch = self.target(device).arch
+        if spec.triton is not None:
+            spec = launched(spec, artifact, arch)
         index = torch.cuda.current_device() if device.index is None else device.index
         try:
             image = artifact.path.read_bytes()

@@ -10,7 +10,7 @@ from autofuse.errors import BadInput, CompileError, TargetUnavailable
 from autofuse.kernels_src import sources
 from autofuse.targets.base import KernelSpec, Resources
 
-__all__ = ["check_arch", "compile_cubin", "flags", "nvrtc", "supported_arches", "version"]
+__all__ = ["check_arch", "compile_cubin", "flags", "nvrtc", "ptxas_resources", "supported_arches", "version"]
 
 _FLAGS = ("--std=c++17", "--ptxas-options=-v")
 _ARCH = re.compile(r"sm_(\d+)([af]?)")
@@ -76,12 +76,12 @@ def compile_cubin(spec: KernelSpec, arch: str, binary: Path) -> Resources:
             first = next((line for line in log.splitlines() if "error" in line.lower()), str(error))
             raise CompileError(f"NVRTC does not compile {spec.source} for {arch}: {first.strip()}", log) from None
         binary.write_bytes(module.getCUBIN(program))
-        return _resources(module.getProgramLog(program))
+        return ptxas_resources(module.getProgramLog(program))
     finally:
         module.destroyProgram(program)
 
 
-def _resources(log: str) -> Resources:
+def ptxas_resources(log: str) -> Resources:
     """Reads ptxas's report: registers, spilled bytes (stores and loads), static shared memory."""
 
     def number(pattern: str) -> int | None:

@@ -80,7 +80,7 @@ def launched_plainly(op: FusedOp, problem: Problem, config: Config) -> Config:
 
     Raises ValueError if there is no such config.
     """
-    space = op.kernel_source("cuda").space
+    space = op.kernel_source("cuda", config).space
     others = [tunable for tunable in space.tunables if tunable.name != "PDL"]
     for count in range(len(others) + 1):
         for changed in itertools.combinations(others, count):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import autofuse
-from autofuse.cache_db import TunedDatabase
+from autofuse.cache_db import TunedDatabase, rival_of
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import OPS, Problem
 from autofuse.runtime.dispatch import registry
@@ -36,8 +36,8 @@ class _BrokenContext(Exception):
 
 
 def source_hash(problem: Problem, device: torch.device) -> str | None:
-    """Of the kernel that runs the problem; None if its op is not known."""
-    return OPS[problem.op].source_hash(target_of(device).kind) if problem.op in OPS else None
+    """Of the kernels that may run the problem, joined by ``+``; None if its op is not known."""
+    return "+".join(OPS[problem.op].source_hashes(target_of(device).kind)) if problem.op in OPS else None
 
 
 def facts(problem: Problem, device: torch.device) -> dict[str, Any]:
@@ -123,6 +123,14 @@ class RowRun:
         except Exception as error:  # whatever the op, Inductor or the GPU raises
             return {"error": f"{type(error).__name__}: {error}"}
         row["seconds"]["tune"] = tune_s
+        if rival := rival_of(self.database, done.winner):
+            # As the search measured both; the row's own time is of other rounds.
+            row["other_language"] = {
+                "language": rival.language,
+                "config": str(rival.config),
+                "us": rival.time_us,
+                "ratio": rival.ratio,
+            }
         return row
 
     def _known(self, table: Table, tokens: int) -> bool:
