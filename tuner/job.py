@@ -290,27 +290,29 @@ class _BucketTuning:
         best = min((trial for trial in known.values() if trial.status == "ok"), key=_time_us, default=None)
         compiles = any(trial.status != "compile_error" for trial in known.values())
         held: list[Trial] = []  # what does not compile is not recorded before it is known that anything does
-        cut_short = False
-        for batch in search.batches():
-            if cut_short := bool(measured) and time.monotonic() >= stop_search:
+        waiting: list[tuple[Config, Future[Artifact]]] = []
+        while True:
+            while batch := search.ask():
+                specs = [self._op.spec(self._target.kind, self._problem, config) for config in batch]
+                waiting += zip(batch, self._pool.submit(specs), strict=True)
+            cut_short = bool(measured) and time.monotonic() >= stop_search
+            if cut_short or not waiting:
                 break
-            specs = [self._op.spec(self._target.kind, self._problem, config) for config in batch]
-            for config, future in zip(batch, self._pool.submit(specs), strict=True):
-                if cut_short := bool(measured) and time.monotonic() >= stop_search:
-                    future.cancel()
-                    continue
-                trial = self._measure(config, future, best)
-                search.tell(config, None if trial.failed else trial.time_us)
-                if trial.status == "ok":
-                    best = trial if best is None else min(best, trial, key=_time_us)
-                held.append(trial)
-                compiles = compiles or trial.status != "compile_error"
-                while compiles and held:
-                    done = held.pop(0)
-                    if done.status == "compile_error":
-                        done = self._database.record_trial(done)
-                    measured.add(done.config)
-                    self._on_event(TrialDone(self._bucket, done))
+            config, future = waiting.pop(_compiled_first([future for _, future in waiting]))
+            trial = self._measure(config, future, best)
+            search.tell(config, None if trial.failed else trial.time_us)
+            if trial.status == "ok":
+                best = trial if best is None else min(best, trial, key=_time_us)
+            held.append(trial)
+            compiles = compiles or trial.status != "compile_error"
+            while compiles and held:
+                done = held.pop(0)
+                if done.status == "compile_error":
+                    done = self._database.record_trial(done)
+                measured.add(done.config)
+                self._on_event(TrialDone(self._bucket, done))
+        for _, future in waiting:
+            future.cancel()
         if held:
             raise TargetUnavailable(f"no config of {self._problem} compiles, the first for: {held[0].message}")
         trials = [trial for trial in self._trials() if trial.config in measured]
@@ -569,6 +571,11 @@ class _Final:
     def interval(self) -> float:
         """How wide the gain's interval is: high ÷ low."""
         return self.gain.high / self.gain.low
+
+
+def _compiled_first(futures: Sequence[Future[Artifact]]) -> int:
+    """The place of the first that need not be waited for; the first of all where there is none."""
+    return next((place for place, future in enumerate(futures) if future.done()), 0)
 
 
 def _time_us(trial: Trial) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import optuna
 
 from autofuse.ops import Config, KernelSource, Problem, SearchSpace
-from autofuse.ops.languages import language_of
+from autofuse.ops.languages import TRITON, language_of
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.sampler import ConfigSampler
 
@@ -19,15 +21,22 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would tell of every tri
 class Search:
     """Proposes configs in batches until it has seen enough.
 
-    Use: ``for batch in search.batches():`` measure each config of the batch and ``search.tell(config, time_us)``.
+    Use: ``ask`` until it gives nothing, measure one of what it gave, ``tell``, and again. Or ``batches``.
     """
 
     total: int
     """Configs it will propose at most, for a progress bar."""
 
-    def batches(self) -> Iterator[list[Config]]:
-        """Lists of configs to measure, none of them twice."""
+    def ask(self) -> list[Config]:
+        """What to measure besides what was asked for already, none of it twice. Empty where that has to be told first,
+        and at the end.
+        """
         raise NotImplementedError
+
+    def batches(self) -> Iterator[list[Config]]:
+        """The same, batch by batch, for those that tell everything of one before they want the next."""
+        while batch := self.ask():
+            yield batch
 
     def tell(self, config: Config, time_us: float | None) -> None:
         """The outcome of a proposed config; None if it failed."""
@@ -43,14 +52,18 @@ class ExhaustiveSearch(Search):
     def __init__(self, configs: Sequence[Config], known: Mapping[Config, float | None], batch: int) -> None:
         self._waiting = [config for config in configs if config not in known]
         self._batch = batch
+        self._running: set[Config] = set()
         self.total = len(self._waiting)
 
-    def batches(self) -> Iterator[list[Config]]:
-        for start in range(0, len(self._waiting), self._batch):
-            yield self._waiting[start : start + self._batch]
+    def ask(self) -> list[Config]:
+        if self._running:
+            return []
+        batch, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+        self._running = set(batch)
+        return batch
 
     def tell(self, config: Config, time_us: float | None) -> None:
-        pass
+        self._running.discard(config)
 
 
 class ModelSearch(Search):
@@ -94,24 +107,21 @@ class ModelSearch(Search):
         left = sum(config not in known for config in configs)
         trials = max(effort.trials - len(known), sum(config in first for config in wanted))
         self._known = len(known)
+        self._proposed = 0
         self.total = max(min(trials, left), 0)
 
-    def batches(self) -> Iterator[list[Config]]:
-        proposed = 0
-        while proposed < self.total:
-            batch: list[Config] = []
-            for _ in range(min(self._effort.batch, self.total - proposed)):
-                trial = self._study.ask(self._sampler.distributions)
-                if proposed >= self._first and self._is_settled(proposed):
-                    self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                    break
-                config = Config.of(trial.params)
-                self._asked[config] = trial
-                batch.append(config)
-                proposed += 1
-            if not batch:
-                return
-            yield batch
+    def ask(self) -> list[Config]:
+        if self._asked:
+            return []
+        for _ in range(min(self._effort.batch, self.total - self._proposed)):
+            trial = self._study.ask(self._sampler.distributions)
+            if self._proposed >= self._first and self._is_settled():
+                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                self.total = self._proposed
+                break
+            self._asked[Config.of(trial.params)] = trial
+            self._proposed += 1
+        return list(self._asked)
 
     def tell(self, config: Config, time_us: float | None) -> None:
         trial = self._asked.pop(config)
@@ -132,13 +142,13 @@ class ModelSearch(Search):
             state=optuna.trial.TrialState.COMPLETE if time_us is not None else optuna.trial.TrialState.FAIL,
         )
 
-    def _is_settled(self, proposed: int) -> bool:
-        enough = self._known + proposed >= self._effort.fewest_trials
+    def _is_settled(self) -> bool:
+        enough = self._known + self._proposed >= self._effort.fewest_trials
         return enough and self._sampler.expected_gain < self._effort.settled
 
 
 class LanguageSearch(Search):
-    """The kernel's language as the first choice of all: a search in each language's own space, batch by batch in turns.
+    """The kernel's language as the first choice of all: a search in each language's own space, side by side.
 
     Each gets a whole effort of trials: what was measured in one language says nothing of the tunables of another. But
     each knows the best of all of them, and ends where it does not expect to be any faster.
@@ -149,16 +159,14 @@ class LanguageSearch(Search):
 
     def __init__(self, searches: Mapping[str, Search]) -> None:
         self._searches = searches
+        self._turns = itertools.cycle(searches)
         self.total = sum(search.total for search in searches.values())
 
-    def batches(self) -> Iterator[list[Config]]:
-        waiting = [search.batches() for search in self._searches.values()]
-        while waiting:
-            for batches in list(waiting):
-                if batch := next(batches, None):
-                    yield batch
-                else:
-                    waiting.remove(batches)
+    def ask(self) -> list[Config]:
+        for _ in self._searches:
+            if batch := self._searches[next(self._turns)].ask():
+                return batch
+        return []
 
     def tell(self, config: Config, time_us: float | None) -> None:
         self._searches[language_of(config)].tell(config, time_us)
@@ -183,8 +191,11 @@ def search_for(
     """The search for a bucket, in each of the op's ``kernels``. Other arguments as for ModelSearch."""
     searches = {}
     for kernel in kernels:
+        share = effort
+        if kernel.language == TRITON:  # it takes its compiler a second, and it knows what the C++ kernels reach
+            share = replace(effort, batch=2 * effort.batch, fewest_trials=effort.fewest_trials // 2)
         mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
-        searches[kernel.language] = search_in(kernel.space, problem, tokens, mine, first, effort, seed, wanted)
+        searches[kernel.language] = search_in(kernel.space, problem, tokens, mine, first, share, seed, wanted)
     search = LanguageSearch(searches)
     for time_us in filter(None, known.values()):
         search.hear(time_us)
