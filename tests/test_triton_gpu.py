@@ -18,6 +18,7 @@ from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 from autofuse.targets.triton import triton_unavailable
 from autofuse.tuner.budgets import EFFORTS, Effort
+from autofuse.tuner.compile_ahead import compile_pool
 from autofuse.tuner.guards import GuardedCall
 from autofuse.tuner.job import Bucket, tune_buckets
 from autofuse.tuner.verify import verify
@@ -49,10 +50,13 @@ def some_configs(op: FusedOp, problem: Problem, **fixed: int) -> Iterator[Config
 @pytest.mark.parametrize("op", IN_TRITON)
 def test_configs_are_right_for_every_problem_of_the_sweep(op: FusedOp) -> None:
     effort = replace(Effort(), verify_seeds=1)
-    for problem in op.sweep_problems():
-        for config in some_configs(op, problem):
-            call = GuardedCall(bind_plan(op, plan_of(problem, config), DEVICE))
-            assert verify(op, problem, 37, call, DEVICE, effort) <= 1.0, f"{problem} {config}"
+    kernels = [(problem, config) for problem in op.sweep_problems() for config in some_configs(op, problem)]
+    with compile_pool("cuda", target_of(DEVICE).arch) as pool:
+        for compiled in pool.submit([op.spec("cuda", *kernel) for kernel in kernels]):
+            compiled.result()
+    for problem, config in kernels:
+        call = GuardedCall(bind_plan(op, plan_of(problem, config), DEVICE))
+        assert verify(op, problem, 37, call, DEVICE, effort) <= 1.0, f"{problem} {config}"
 
 
 @pytest.mark.parametrize("pdl", [0, 1, 2])

@@ -81,7 +81,7 @@ def _signature(binding: Binding, align: int) -> tuple[tuple[str, int], ...]:
             tensor = tensors[field.index]
             types.append((f"*{_type(tensor.dtype)}", tensor.align or align))
         elif field.kind is FieldKind.RESULT:
-            types.append((f"*{_type(binding.results[field.index].dtype)}", 16))  # PyTorch's allocators give no less
+            types.append((f"*{_type(binding.results[field.index].dtype)}", align))  # of what allocators give, enough
         elif field.kind is FieldKind.STRIDE:
             tensor = tensors[field.index]
             # The last dimension's stride, if a kernel takes it, may be anything where there is one element.
@@ -89,7 +89,7 @@ def _signature(binding: Binding, align: int) -> tuple[tuple[str, int], ...]:
             divisor = (tensor.align or align) // tensor.dtype.itemsize if outer else 1
             types.append(("i64", max(divisor, 1)))
         elif field.kind is FieldKind.NOTHING:
-            types.append(("*i8", 16))
+            types.append(("*i8", 1))
         else:
             types.append((_NUMBERS[field.kind], 1))
     return tuple(types)
