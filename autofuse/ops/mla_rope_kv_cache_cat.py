@@ -16,7 +16,6 @@ from autofuse.ops import mla_rope_kv_cache_cat_triton as triton
 from autofuse.ops.base import DTYPES, FusedOp, Tolerance, dtype_name
 from autofuse.ops.binding import Binding, IndexBound, LaunchShape
 from autofuse.ops.common import rows_apart
-from autofuse.ops.languages import TRITON, language_of
 from autofuse.ops.mla_rope_kv_cache_cat_kernels import (
     CACHES,
     DS_MLA_BYTES,
@@ -101,8 +100,7 @@ class MlaRopeKvCacheCat(FusedOp):
     )
     mutates = (7, 8)
     shared = (4, 5, 6)
-    kernels = kernels.KERNELS
-    triton_kernels = triton.TRITON_KERNELS
+    kernels, triton_kernels = kernels.KERNELS, triton.TRITON_KERNELS
 
     # ---- meaning ----------------------------------------------------------------------------------------------------
 
@@ -128,8 +126,7 @@ class MlaRopeKvCacheCat(FusedOp):
         cos, sin = table.double()[positions].chunk(2, dim=-1)
         q = rotate(q_pe[:tokens].double(), cos[:, None], sin[:, None], *style)
         q = q if q_nope is None else torch.cat([q_nope[:tokens].double(), q], dim=-1)
-        if q_scale is not None:
-            q = _quotient(q.to(dtype), q_scale)
+        q = q if q_scale is None else _quotient(q.to(dtype), q_scale)
         k_pe = rotate(k_pe[:tokens].double(), cos, sin, *style)
         if cache is None:
             return q, k_pe
@@ -489,16 +486,13 @@ class MlaRopeKvCacheCat(FusedOp):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def spec(self, kind: str, problem: Problem, config: Config) -> KernelSpec:
-        if language_of(config) == TRITON:
-            return triton.spec(kind, problem, config, self.binding(problem))
-        return kernels.spec(kind, problem, config)
+        return triton.spec(kind, problem, config)
 
     def binding(self, problem: Problem) -> Binding:
         return kernels.binding(problem)
 
     def launch_shape(self, problem: Problem, config: Config) -> LaunchShape:
-        shape_of = triton.launch_shape if language_of(config) == TRITON else kernels.launch_shape
-        return shape_of(problem, config)
+        return triton.launch_shape(problem, config)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The kernel of mla_rope_kv_cache_cat in Triton: its search space, what to compile, and its grid."""
+"""The kernel of mla_rope_kv_cache_cat in Triton: its search space, and what is launched in either language."""
 
 from __future__ import annotations
 
+from autofuse.ops import mla_rope_kv_cache_cat_kernels as kernels
 from autofuse.ops.base import DTYPES, KernelSource
-from autofuse.ops.binding import Binding, LaunchShape
-from autofuse.ops.languages import IN_TRITON
+from autofuse.ops.binding import LaunchShape
+from autofuse.ops.languages import IN_TRITON, TRITON, language_of
 from autofuse.ops.mla_rope_kv_cache_cat_kernels import element_bytes, fp8_query, kind_of_cache
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import in_halves
@@ -83,13 +84,15 @@ TRITON_KERNELS = {
 }
 
 
-def spec(kind: str, problem: Problem, config: Config, binding: Binding) -> KernelSpec:
-    """What to compile for a config."""
+def spec(kind: str, problem: Problem, config: Config) -> KernelSpec:
+    """What to compile for a config, of whichever language."""
+    if language_of(config) != TRITON:
+        return kernels.spec(kind, problem, config)
     nope, rope, latent = (problem.int(name) for name in ("nope_dim", "rope_dim", "latent_dim"))
     return triton_spec(
         TRITON_KERNELS[kind].file,
         "mla_rope_kv_cache_cat",
-        binding,
+        kernels.binding(problem),
         config,
         {
             "HEADS": problem.int("heads"),
@@ -111,7 +114,9 @@ def spec(kind: str, problem: Problem, config: Config, binding: Binding) -> Kerne
 
 
 def launch_shape(problem: Problem, config: Config) -> LaunchShape:
-    """The grid of a config, and the alignment it needs."""
+    """The grid of a config, of whichever language, and the alignment it needs."""
+    if language_of(config) != TRITON:
+        return kernels.launch_shape(problem, config)
     return LaunchShape(
         units_per_token=problem.int("heads"),
         units_per_block=config["Q_ROWS"],
