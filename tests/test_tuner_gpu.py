@@ -107,6 +107,6 @@ print(len(winners), active.value)
 def test_tuning_creates_no_context_in_the_process_that_asks_for_it(planted: Planted) -> None:
     planted.choose(DEVICE, "illegal address", "none")
     command = [sys.executable, "-c", TUNE, str(kernels_src.FOLDER), str(FOLDER), str(PROBLEM)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.stdout.split() == ["1", "0"], run.stderr

@@ -164,7 +164,7 @@ class Effort:
     fewest_trials: int = 32
     settled: float = 0.0003
     priors: int = 4
-    startup_trials: int = 6
+    startup_trials: int = 10
     batch: int = 4
     race_margin: float = 1.1
     race_pairs: int = 2
