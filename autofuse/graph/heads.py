@@ -30,6 +30,7 @@ __all__ = [
     "angle_nodes",
     "call_writing",
     "head_positions",
+    "hoisted_first",
     "replace_rope",
     "replace_spared",
     "slot_nodes",
@@ -185,6 +186,16 @@ def replace_spared(new: Replacement, block: RopeBlock) -> list[tuple[Node, Node]
             result = new.call(aten.slice.Tensor, where.node, last, where.first, where.first + width)
         pairs.append((node, new.reshape_like(result, node, where.node)))
     return pairs
+
+
+def hoisted_first(spared: Replacement, hoist: Sequence[Node], first: Node) -> tuple[Node, ...]:
+    """Of ``hoist``, what the new nodes of ``replace_spared`` read, and so must come before them. The rest comes after:
+    some of it reads what they replace. Raises RefusedError.
+    """
+    early = nodes_to_hoist(spared.inputs, before=first)
+    if not {*early} <= {*hoist}:
+        raise RefusedError("what a rotation leaves as it was is computed after what it is needed for")
+    return early
 
 
 # ---- small values that sites share ----------------------------------------------------------------------------------

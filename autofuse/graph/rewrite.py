@@ -47,7 +47,10 @@ class Replacement:
                 self._graph.erase_node(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node; its value is computed on fake tensors, without adding guards. Raises what ``target`` raises."""
+        """A new node; its value is computed on fake tensors, without adding guards. Raises what ``target`` raises, and
+        RefusedError where an argument is no node of the graph any more: another rewrite has put a new one in its place.
+        """
+        torch.fx.map_arg((args, kwargs), _check_present)
         with self._graph.inserting_before(self._before):
             node = self._graph.call_function(target, args, kwargs)
         self._new.append(node)
@@ -93,11 +96,15 @@ class Replacement:
     def numbers(self, sizes: Sequence[Any], sized: Node) -> list[Any]:
         return [self.size(size, sized) for size in sizes]
 
+    @property
+    def inputs(self) -> list[Node]:
+        """What the new nodes read."""
+        return [above for node in self._new for above in node.all_input_nodes]
+
     def hoist(self, nodes: Iterable[Node]) -> None:
         """Moves ``nodes``, given in graph order, above the new ones."""
-        first = self._new[0]
         for node in nodes:
-            first.prepend(node)
+            self._new[0].prepend(node)
 
     def redirect(self, pairs: Iterable[tuple[Node, Node]]) -> None:
         """Gives the users of each first node the second."""
@@ -120,6 +127,12 @@ class Replacement:
         for node in sorted({*block.nodes, *views}, reverse=True):
             if not node.users:
                 self._graph.erase_node(node)
+
+
+def _check_present(node: Node) -> Node:
+    if node._erased:
+        raise RefusedError(f"another fusion has replaced {node}, which it reads")
+    return node
 
 
 def _is_dead(node: Node) -> bool:

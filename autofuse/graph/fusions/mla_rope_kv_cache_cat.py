@@ -31,6 +31,7 @@ from autofuse.graph.heads import (
     angle_nodes,
     call_writing,
     head_positions,
+    hoisted_first,
     replace_rope,
     replace_spared,
     slot_nodes,
@@ -149,7 +150,9 @@ class MlaRopeKvCacheCat(Fusion):
             results += replace_rope(new, pair.k, k_pe, new.call(aten.unsqueeze.default, rotated, 1))
             results += [*kept, *others]
             hoist = shared.with_later(hoist)
-        new.hoist(hoist)
+            early = hoisted_first(spared, hoist, first)
+        spared.hoist(early)
+        new.hoist(node for node in hoist if node not in early)
         new.redirect(results)
         new.erase(site.nodes)
 

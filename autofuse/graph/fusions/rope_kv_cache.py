@@ -33,6 +33,7 @@ from autofuse.graph.heads import (
     angle_nodes,
     call_writing,
     head_positions,
+    hoisted_first,
     replace_rope,
     replace_spared,
     slot_nodes,
@@ -142,7 +143,9 @@ class RopeKvCache(Fusion):
                 *others,
             ]
             hoist = shared.with_later(hoist)
-        new.hoist(hoist)
+            early = hoisted_first(spared, hoist, first)
+        spared.hoist(early)
+        new.hoist(node for node in hoist if node not in early)
         new.redirect(results)
         new.erase(site.nodes)
 
