@@ -15,7 +15,8 @@ import autofuse.kernels_src
 from autofuse.tuner.budgets import Effort
 from tiny_effort import TINY
 
-collect_ignore = ["faulty"]  # importing its op, as doctests do, would make it one of everybody's
+# As doctests would import them: a faulty op would be one of everybody's, and Triton need not be there.
+collect_ignore = ["faulty", "fp8_kernel.py"]
 
 # Compiled kernels are shared by all tests of a run, its workers, and the processes that tests start; nothing of a
 # user's is read or written.

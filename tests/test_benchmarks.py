@@ -178,6 +178,7 @@ def test_a_row_that_fails_does_not_cost_the_others(results: Results, monkeypatch
     monkeypatch.setattr(running, "measured_row", measured)
     monkeypatch.setattr(running, "bandwidth", lambda *_: 1.0)
     monkeypatch.setattr(running, "facts", lambda *_: FACTS)
+    monkeypatch.setattr(running, "rival_of", lambda *_: None)
     said: list[str] = []
     run = running.RowRun(CPU, Effort(), Any, results, say=said.append)
     assert run.run([(nobody, 1), *((TABLE, tokens) for tokens in (1, 2, 3, 4, 5))]) == 0

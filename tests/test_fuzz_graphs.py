@@ -12,6 +12,8 @@ import torch
 from models import isolate
 
 import fuzz_graphs
+from autofuse.graph.moves import RefusedError
+from autofuse.graph.rewrite import Replacement
 from autofuse.runtime import vllm_context
 from fuzz_graphs import cut_down, run_layer, run_mutant
 from graph_mutants import mutated
@@ -70,6 +72,33 @@ def traced():
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path, tmp_path_factory):
     isolate(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.mark.parametrize("seed", [269, 697])
+def test_columns_that_a_rotation_spares_are_read_where_they_exist_already(seed):
+    """What is hoisted for a query that comes late is what its spared columns are read from."""
+    layer = draw_layer(seed)
+    outcome = run_mutant(layer, run_layer(layer).graph, 1)
+    assert outcome.wrong == ""
+    assert any(site.fused and "rope" in site.op for report in outcome.reports for site in report.sites)
+
+
+def test_a_node_that_another_fusion_replaced_is_not_read():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2)
+    gone = graph.call_function(torch.ops.aten.relu.default, (x,))
+    last = graph.output(x)
+    graph.erase_node(gone)
+
+    def rewrite():
+        with Replacement(graph, last, x) as new:
+            new.call(torch.ops.aten.neg.default, x)
+            new.call(torch.ops.aten.neg.default, gone)
+
+    with pytest.raises(RefusedError, match="another fusion has replaced relu"):
+        rewrite()
+    assert [node.op for node in graph.nodes] == ["placeholder", "output"]
 
 
 def test_random_layers_are_right(traced):

@@ -93,6 +93,6 @@ def test_a_site_that_two_fusions_claim_is_rewritten_once(monkeypatch, tmp_path, 
     with without_code_generation(), torch.no_grad():
         result = torch.compile(model, backend="autofuse", options={"autofuse.untuned": "fuse"})(x)
     report = last_reports()[-1]
-    assert [(site.fused, site.rule) for site in report.sites] == [(True, "untuned"), (False, "overlap")]
+    assert [(site.fused, site.rule) for site in report.sites] == [(True, "default"), (False, "overlap")]
     assert "mla_dual_rms_norm (fuse_mla_dual_rms_norm) replaces nodes of it" in report.sites[1].reason
     torch.testing.assert_close(result, model(x), atol=2e-2, rtol=2e-2)
