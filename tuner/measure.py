@@ -148,7 +148,7 @@ class _CudaRunner(Runner):
             for args in ring.sets[:2]:  # outside the capture: first calls load modules and compile
                 call(*args)
             torch.cuda.synchronize()
-            # Not ``torch.cuda.graph``: it empties the allocator's cache, which costs more than the capture.
+            # Not ``torch.cuda.graph``: it also empties the allocator's cache, which the next candidate fills again.
             self._graph.capture_begin(pool=ring.pool)
             try:
                 for args in ring.sets:

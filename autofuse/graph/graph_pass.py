@@ -252,7 +252,9 @@ def _merit(site: Site, decision: Decision) -> str:
 
 
 def _rewriting_order(decided: Sequence[Decided]) -> list[int]:
-    """The last sites of the graph first: a site's inputs may be outputs of others, which must still be there."""
+    """The last sites of the graph first: a site's inputs may be outputs of others, which must still be there. A site of
+    several outputs may begin before what only its last one reads; where that is another site's, it is refused then.
+    """
     return sorted(range(len(decided)), key=lambda index: decided[index][1].first, reverse=True)
 
 

@@ -8,7 +8,7 @@ from autofuse.ops.languages import IN_TRITON
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.quant import NVFP4, STATIC, QuantFormat
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
+from autofuse.ops.triton import NUM_WARPS, PDL, READ_ONCE, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["TRITON_KERNELS", "launch_shape", "spec"]
@@ -42,10 +42,8 @@ _SPACE = SearchSpace(
         Tunable(
             "ROWS", (_ROWS, 1, 2, 4, 16, 32, 64), "groups, or normed rows, in a block: fewer blocks, more registers"
         ),
-        Tunable("READ_ONCE", (0, 1), "x leaves the caches after reading: room for others, against readers to come"),
-        Tunable(
-            "PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2): hides launches"
-        ),
+        READ_ONCE,
+        PDL,
     ),
     (
         Constraint(

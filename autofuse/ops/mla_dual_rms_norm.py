@@ -16,7 +16,7 @@ from autofuse.ops.languages import IN_TRITON, TRITON, language_of
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rms_norm import rms_norm, rms_norm_exact
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
+from autofuse.ops.triton import NUM_WARPS, PDL, READ_ONCE, VEC_BYTES, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["CPU_SPACE", "GPU_SPACE", "HIP_SPACE", "MlaDualRmsNorm", "cpu_default", "gpu_default", "hip_default"]
@@ -149,13 +149,9 @@ TRITON_SPACE = SearchSpace(
         NUM_WARPS,
         Tunable("Q_ROWS", (1, 2, 4, 8), "tokens of q in a block: fewer blocks, against less even load and registers"),
         Tunable("KV_ROWS", (1, 2, 4, 8), "the same of kv"),
-        Tunable("VEC_BYTES", (16, 4), "what rows are multiples of, and loads widened to: against more alignment"),
-        Tunable(
-            "READ_ONCE", (0, 1), "activations leave the caches after reading: room for others, against readers to come"
-        ),
-        Tunable(
-            "PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2): hides launches"
-        ),
+        VEC_BYTES,
+        READ_ONCE,
+        PDL,
     ),
     (
         Constraint("a row must be a whole number of vectors", _whole_vectors),

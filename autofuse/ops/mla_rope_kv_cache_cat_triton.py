@@ -10,7 +10,7 @@ from autofuse.ops.mla_rope_kv_cache_cat_kernels import element_bytes, fp8_query,
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import in_halves
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
+from autofuse.ops.triton import NUM_WARPS, PDL, READ_ONCE, VEC_BYTES, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["TRITON_KERNELS", "launch_shape", "spec"]
@@ -45,9 +45,9 @@ _SPACE = SearchSpace(
         NUM_WARPS,
         Tunable("Q_ROWS", (4, 1, 2, 8, 16, 32), "rows of the query in a block: more loads in flight, fewer blocks"),
         Tunable("KV_ROWS", (_LATENTS, 2, 4), "tokens of the cache in a block: the same"),
-        Tunable("VEC_BYTES", (16, 4), "what rows are multiples of, and loads widened to: against more alignment"),
-        Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
+        VEC_BYTES,
+        READ_ONCE,
+        PDL,
     ),
     (
         Constraint("a row must be a whole number of vectors", _whole_vectors),

@@ -8,7 +8,7 @@ from autofuse.ops.languages import IN_TRITON
 from autofuse.ops.problem import Config, Problem
 from autofuse.ops.quant import QuantFormat
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, on_amd, triton_spec
+from autofuse.ops.triton import NUM_WARPS, PDL, on_amd, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["TRITON_KERNELS", "launch_shape", "spec"]
@@ -39,7 +39,7 @@ _SPACE = SearchSpace(
         Tunable("TOKENS", _TOKENS, "tokens of a block: W_UV is loaded less often, against fewer blocks"),
         Tunable("COLUMNS", _COLUMNS, "columns of W_UV of a block: o_latent is loaded less often, against fewer blocks"),
         Tunable("DEPTH", _DEPTH, "rows of W_UV of a step: fewer steps, against shared memory"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
+        PDL,
     ),
     (
         Constraint("a block's columns are whole groups, and a part of v_head_dim", _whole_columns),

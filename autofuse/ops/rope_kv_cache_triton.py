@@ -9,7 +9,7 @@ from autofuse.ops.problem import Config, Problem
 from autofuse.ops.rope import in_halves
 from autofuse.ops.rope_kv_cache_kernels import CACHES, element_bytes
 from autofuse.ops.space import Constraint, SearchSpace, Tunable
-from autofuse.ops.triton import NUM_WARPS, on_amd, power_of_two, triton_spec
+from autofuse.ops.triton import NUM_WARPS, PDL, READ_ONCE, VEC_BYTES, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
 __all__ = ["TRITON_KERNELS", "launch_shape", "spec"]
@@ -47,9 +47,9 @@ _SPACE = SearchSpace(
         NUM_WARPS,
         Tunable("Q_ROWS", (_ROWS, 1, 2, 8, 16, 32), "heads of q in a block: more loads in flight, fewer blocks"),
         Tunable("KV_ROWS", (_ROWS, 1, 2, 8, 16), "heads of k and v in a block: the same"),
-        Tunable("VEC_BYTES", (16, 4), "what rows are multiples of, and loads widened to: against more alignment"),
-        Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others"),
-        Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)"),
+        VEC_BYTES,
+        READ_ONCE,
+        PDL,
     ),
     (
         Constraint("a head, and what is rotated of it, must be a whole number of vectors", _whole_vectors),

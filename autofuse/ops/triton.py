@@ -13,9 +13,12 @@ from autofuse.ops.problem import Config, Problem
 from autofuse.ops.space import SearchSpace, Tunable
 from autofuse.targets import KernelSpec, TritonSpec
 
-__all__ = ["NUM_WARPS", "WAVES_PER_EU", "on_amd", "power_of_two", "triton_spec"]
+__all__ = ["NUM_WARPS", "PDL", "READ_ONCE", "VEC_BYTES", "WAVES_PER_EU", "on_amd", "power_of_two", "triton_spec"]
 
 NUM_WARPS = Tunable("NUM_WARPS", (4, 1, 2, 8, 16), "warps of a block: a row is done sooner, against more to combine")
+VEC_BYTES = Tunable("VEC_BYTES", (16, 4), "what rows are multiples of, and loads widened to: against more alignment")
+READ_ONCE = Tunable("READ_ONCE", (0, 1), "activations leave the caches after reading: room for others")
+PDL = Tunable("PDL", (1, 2, 0), "overlap with the kernels before and after, theirs early (1) or late (2)")
 WAVES_PER_EU = Tunable(
     "WAVES_PER_EU", (0, 2, 4), "waves of a SIMD that the compiler aims at: hides latency, against registers"
 )
@@ -58,8 +61,9 @@ def triton_spec(
 
 def on_amd(kernel: KernelSource) -> KernelSource:
     """The same for AMD's GPUs: nothing like programmatic dependent launch, and a hint for the compiler more."""
-    tunables = (tunable for tunable in kernel.space.tunables if tunable.name != "PDL")
-    space = SearchSpace((*tunables, Tunable("PDL", (0,), "only NVIDIA has it"), WAVES_PER_EU), kernel.space.constraints)
+    tunables = (tunable for tunable in kernel.space.tunables if tunable is not PDL)
+    without = Tunable(PDL.name, (0,), "only NVIDIA has it")
+    space = SearchSpace((*tunables, without, WAVES_PER_EU), kernel.space.constraints)
 
     def default(problem: Problem, tokens: int) -> Config:
         return Config.of(kernel.default(problem, tokens), PDL=0, WAVES_PER_EU=0)

@@ -50,7 +50,7 @@ class Site:
 
     @property
     def first(self) -> Node:
-        """The first of its blocks' outputs in the graph. Whatever reads another site's outputs comes after this."""
+        """The first of its blocks' outputs in the graph. What reads another site's outputs usually comes after this."""
         return min(output for block in self.blocks for output in block.outputs)
 
     @property
