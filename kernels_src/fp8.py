@@ -9,9 +9,7 @@ def to_fp8(x, FP8_NATIVE: tl.constexpr):
     """The bytes of fp32 values: saturated, rounded to nearest even; NaN stays NaN. FP8_NATIVE: by the compiler's own
     conversion, which not every GPU has.
     """
-    # Not tl.clamp: some bytes that come of a minimum that propagates NaN are garbage as ptxas 12.8 (Triton 3.6)
-    # compiles it for sm_90.
-    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     if FP8_NATIVE:
         code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ Call = Callable[..., Any]
 _SHOWN = 300  # characters of another library's error in a warning
 
 
-def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
+def baseline_calls(
+    op: FusedOp, args: Sequence[Any], running: AbstractContextManager[None] | None = None
+) -> dict[str, Call]:
     """The reference as functions of the op's arguments, by kind:
 
     - ``eager``: operator by operator;
@@ -32,11 +35,13 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
 
     Where Inductor cannot compile (its compiler is missing, or is not ours), ``eager`` is all there is: one warning.
 
-    Args: args: example arguments to compile for.
+    Args:
+        args: example arguments to compile for.
+        running: entered for what runs on the device, which compiling does not.
     """
     calls: dict[str, Call] = {"eager": op.unfused}
     try:
-        compiled, generated = compiled_reference(op, args)
+        compiled, generated = compiled_reference(op, args, running=running)
     except Exception as error:  # whatever Inductor, Triton or a compiler raises
         why = " ".join(str(error).split())[:_SHOWN]
         logger.warning("%s: no baseline through torch.compile, which fails: %s: %s", op.name, type(error).__name__, why)
@@ -48,14 +53,20 @@ def baseline_calls(op: FusedOp, args: Sequence[Any]) -> dict[str, Call]:
 
 
 def compiled_reference(
-    op: FusedOp, args: Sequence[Any], options: dict[str, Any] | None = None
+    op: FusedOp,
+    args: Sequence[Any],
+    options: dict[str, Any] | None = None,
+    running: AbstractContextManager[None] | None = None,
 ) -> tuple[Call, Call | None]:
     """The compiled reference as a user calls it, and only its generated code (None if it cannot be had alone).
 
-    Args: options: Inductor's, as for ``torch.compile(options=...)``.
+    Args:
+        options: Inductor's, as for ``torch.compile(options=...)``.
+        running: entered for what runs on the device, which compiling does not.
     """
     order: list[int] = []  # Dynamo's of the tensors: that of their first use
     graphs: list[Callable[[list[torch.Tensor]], Any]] = []
+    on_device = ExitStack()
 
     def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
         graph = compile_fx_inner(*inner_args, **inner_kwargs)
@@ -64,23 +75,26 @@ def compiled_reference(
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         order.extend(i for each in inputs for i, arg in enumerate(args) if arg is each)
-        return compile_fx(module, inputs, inner_compile=inner, config_patches=options)
+        call = compile_fx(module, inputs, inner_compile=inner, config_patches=options)
+        on_device.enter_context(running or nullcontext())  # Dynamo calls it next
+        return call
 
     compiled = torch.compile(_fresh(op.unfused), backend=backend, dynamic=False)
-    # A hit in AOTAutograd's cache would not call our inner_compile.
-    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
-        expected = compiled(*args)
-    if len(graphs) != 1:
-        return compiled, None
-    graph, taken = graphs[0], tuple(order)  # a later call may compile again
+    with on_device:
+        # A hit in AOTAutograd's cache would not call our inner_compile.
+        with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+            expected = compiled(*args)
+        if len(graphs) != 1:
+            return compiled, None
+        graph, taken = graphs[0], tuple(order)  # a later call may compile again
 
-    def generated(*call_args: Any) -> Any:
-        return graph([call_args[i] for i in taken])
+        def generated(*call_args: Any) -> Any:
+            return graph([call_args[i] for i in taken])
 
-    try:
-        same = all(torch.equal(a, b) for a, b in zip(generated(*args), expected, strict=True))
-    except (RuntimeError, AssertionError, TypeError, ValueError):  # the graph takes other inputs than Dynamo
-        same = False
+        try:
+            same = all(torch.equal(a, b) for a, b in zip(generated(*args), expected, strict=True))
+        except (RuntimeError, AssertionError, TypeError, ValueError):  # the graph takes other inputs than Dynamo
+            same = False
     return compiled, generated if same else None
 
 

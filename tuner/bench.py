@@ -20,6 +20,7 @@ from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
 from autofuse.tuner.measure import Ring, Runner, example_ring, interleave, runner
 from autofuse.tuner.racing import Race, race
+from autofuse.tuner.turns import Turns
 from autofuse.tuner.verify import Verification
 
 __all__ = ["COMPILED", "EAGER", "Bench", "Note"]
@@ -37,18 +38,23 @@ class Bench:
 
     A candidate that fails raises CandidateFailed; any other exception is not the candidate's fault.
 
-    Args: note: called before each candidate or baseline runs: if it takes the process down, that is how it is known.
+    Args:
+        note: called before each candidate or baseline runs: if it takes the process down, that is how it is known.
+        turns: taken for all that runs on the device, where others tune on it.
     """
 
-    def __init__(self, device: torch.device, effort: Effort, note: Note = lambda subject: None) -> None:
+    def __init__(
+        self, device: torch.device, effort: Effort, note: Note = lambda subject: None, turns: Turns | None = None
+    ) -> None:
         registry.go_native()  # calls are timed as a compiled graph makes them
         self._device = device
         self._target = target_of(device)
         self._effort = effort
         self._note = note
+        self._turns = turns or Turns(None)
         self._subject: Subject = ""
         self._bucket: _Bucket | None = None
-        self._watch = watch(device)
+        self._watch = watch(device, self._turns.members)
 
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
         """Prepares for the candidates of a bucket: inputs, and their references.
@@ -58,28 +64,30 @@ class Bench:
 
         Raises: AutofuseError where the kernels' sources are not those.
         """
-        self._bucket = None  # its memory is free for the next
+        with self._turns:
+            self._bucket = None  # its memory is free for the next
         op = get_op(problem.op)
         if not {*source_hash.split("+")} <= {*op.source_hashes(self._target.kind)}:
             raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
-        with torch.no_grad():
+        with self._turns, torch.no_grad():
             self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)
             self._synchronise()
 
     def verify(self, config: Config) -> float:
         """How far the results are from the reference, in units of what is allowed."""
         bucket = self._opened()
-        with self._running(config):
+        with self._turns, self._running(config):
             # Not through the dispatcher: it refuses indices that do not exist, and a kernel must stand them.
             return bucket.verification.check(GuardedCall(self._bound(config)))
 
     def time(self, config: Config, best: Config | None) -> Race:
         """How long a call takes, in a race with the best config so far. Run it only after ``verify``."""
         bucket = self._opened()
-        rival = None if best is None else self._lasting(best)
-        with self._running(config):
-            prepared = self._prepared(config)
-            outcome = race(prepared, rival, self._effort)
+        with self._turns:
+            rival = None if best is None else self._lasting(best)
+            with self._running(config):
+                prepared = self._prepared(config)
+                outcome = race(prepared, rival, self._effort)
         if not outcome.pruned:
             bucket.runners[config] = prepared
         return outcome
@@ -92,20 +100,22 @@ class Bench:
             from autofuse.tuner.baselines import baseline_calls  # here: importing Inductor takes seconds
 
             with self._running(COMPILED):
-                bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0])
+                bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0], self._turns)
         return list(bucket.baselines)
 
     def bandwidth(self) -> float:
         """Bytes per µs that the device's memory can do; see ``bandwidth``."""
-        return bandwidth(self._device)
+        with self._turns:
+            return bandwidth(self._device)
 
     def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         """Times configs and baselines in turns."""
-        prepared = [self._lasting(subject) for subject in subjects]
-        with self._running(subjects[0]):
-            self._watch.begin()
-            timings = interleave(prepared, rounds, seed)
-            return Comparison(tuple(timings), self._watch.end())
+        with self._turns:
+            prepared = [self._lasting(subject) for subject in subjects]
+            with self._running(subjects[0]):
+                self._watch.begin()
+                timings = interleave(prepared, rounds, seed)
+                return Comparison(tuple(timings), self._watch.end())
 
     def _opened(self) -> _Bucket:
         assert self._bucket is not None, "no bucket is open"

@@ -16,6 +16,8 @@ __all__ = [
     "GUARD_ROWS",
     "GUESSED_PACE",
     "KILL_GRACE_S",
+    "LANES",
+    "LANE_CORES",
     "LONGEST_PAUSE_S",
     "LOOK_S",
     "MOST_GUARD_BYTES",
@@ -77,6 +79,13 @@ LONGEST_PAUSE_S = 60.0
 OTHERS_SHARE = 0.1
 """A CPU was busy if other processes had more than this share of its cores during a measurement."""
 
+LANES = {"cpu": 1, "cuda": 4, "hip": 4}
+"""Kind of target → how many buckets are tuned at a time on one device. They take turns on it: while one is measured,
+others compile. On a CPU both are work for the same cores."""
+
+LANE_CORES = 3
+"""But each of these has at least so many cores of the host."""
+
 VERIFY_MEMORY_SHARE = 0.25
 """Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is
 beyond is computed anew for each."""
@@ -114,8 +123,9 @@ class Limits:
         time_s: to time it.
         baselines_s: to compile the unfused code.
         final_s: to time the finalists, or one of them and the baselines, in turns.
-        slowdown: to each of the last four is added so many times what opening the bucket took: on large inputs all is
-            slow. To ``final_s``, that time is added once more for each round of everything that is timed.
+        turn_s: to wait while others use the device, where several buckets are tuned on it; no part of the other times.
+        slowdown: to each of the four before that is added so many times what opening the bucket took: on large inputs
+            all is slow. To ``final_s``, that time is added once more for each round of everything that is timed.
     """
 
     start_s: float = 300.0
@@ -124,6 +134,7 @@ class Limits:
     time_s: float = 60.0
     baselines_s: float = 900.0
     final_s: float = 120.0
+    turn_s: float = 3600.0
     slowdown: float = 10.0
 
 

@@ -1,4 +1,4 @@
-"""The process that tunes on one of several devices: it takes buckets from ``devices.py`` and tells what it does."""
+"""A process that tunes on a device beside others: it takes buckets from ``devices.py`` and tells what it does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def _tune(
     threads: int,
     log_level: int,
     compilers: int,
+    turns: Path,
 ) -> None:
     logger = logging.getLogger("autofuse")
     logger.setLevel(log_level)
@@ -90,6 +92,7 @@ def _tune(
             seed=seed,
             on_event=lambda event: talk.say("event", event),
             compilers=compilers,
+            turns=turns,
         )
 
 

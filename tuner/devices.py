@@ -1,4 +1,7 @@
-"""One job on several equal devices of this host: a process for each, which take buckets from one queue."""
+"""One job on the equal devices of this host: some processes for each, which take buckets from one queue.
+
+Those of one device take turns on it: while one measures, the others compile.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +24,12 @@ from autofuse.cache_db import TunedDatabase, Winner
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import get_op
 from autofuse.targets import parse_device, target_of
-from autofuse.tuner.budgets import KILL_GRACE_S, STOP_GRACE_S, Effort
+from autofuse.tuner.budgets import KILL_GRACE_S, LANE_CORES, LANES, STOP_GRACE_S, Effort
 from autofuse.tuner.job import BucketDone, Event, tune_buckets
 from autofuse.tuner.processes import kill_group, start_module
 from autofuse.tuner.queue import Bucket, BucketQueue
 
-__all__ = ["parse_devices", "tune_on_devices"]
+__all__ = ["lanes", "parse_devices", "tune_on_devices"]
 
 
 def parse_devices(text: str) -> list[torch.device]:
@@ -47,6 +52,13 @@ def parse_devices(text: str) -> list[torch.device]:
     return devices
 
 
+def lanes(devices: Sequence[torch.device], buckets: int) -> list[torch.device]:
+    """The device of each process of a job: a device several times where several buckets are tuned on it at once."""
+    cores = (os.cpu_count() or 1) // LANE_CORES
+    each = max(min(LANES[target_of(devices[0]).kind], cores // len(devices)), 1)
+    return (list(devices) * each)[: max(buckets, 1)]
+
+
 class DeviceFailedError(AutofuseError):
     """What tunes on one of several devices failed for a reason that no exception of ours has."""
 
@@ -64,18 +76,18 @@ def tune_on_devices(
 ) -> list[Winner]:
     """``tune_buckets`` on all of ``devices`` at the same time, into one database.
 
-    Whichever device is ready takes the next bucket from their queue. Each has a process of its own, which ends with
-    this one; where one fails, the others are stopped, with what they measured kept. For one device alone, this process
-    does.
+    Whichever device is ready takes the next bucket from their queue. Each has one or more (``lanes``) processes of its
+    own, which end with this one; where one fails, the others are stopped, with what they measured kept. Where one is
+    enough, this process does.
 
     Args:
         devices: of one target; see ``parse_devices``.
-        on_event: called in this thread, with the events of all devices as they come.
+        on_event: called in this thread, with the events of all of them as they come.
 
     Returns: the winners, in the order in which their buckets were finished.
     Raises: what ``tune_buckets`` raises, its message led by the device's name.
     """
-    devices = devices[: max(len(buckets), 1)]
+    devices = lanes(devices, len(buckets))
     if len(devices) == 1:
         return tune_buckets(
             buckets, devices[0], database, effort, retune=retune, seed=seed, budget_s=budget_s, on_event=on_event
@@ -94,9 +106,11 @@ def tune_on_devices(
     }
     workers: list[_DeviceWorker] = []
     winners: list[Winner] = []
+    folder = tempfile.TemporaryDirectory(prefix="autofuse-tune-", ignore_cleanup_errors=True)
     try:
         for device in devices:
-            workers.append(_DeviceWorker(device, {**shared, "device": str(device)}))
+            turns = Path(folder.name) / str(device).replace(":", "-")
+            workers.append(_DeviceWorker(device, {**shared, "device": str(device), "turns": turns}))
         working = {worker.connection: worker for worker in workers}
         while working:
             for ready in wait(list(working)):
@@ -117,6 +131,7 @@ def tune_on_devices(
         end = time.monotonic() + STOP_GRACE_S
         for worker in workers:
             worker.end(end)
+        folder.cleanup()
     return winners
 
 
@@ -133,7 +148,7 @@ class _Served:
 
 
 class _DeviceWorker:
-    """The process that tunes on one device."""
+    """A process that tunes on a device."""
 
     def __init__(self, device: torch.device, start: dict[str, Any]) -> None:
         self.connection, theirs = Pipe()
@@ -159,7 +174,7 @@ class _DeviceWorker:
             kind, *said = self.connection.recv()
             if kind == "take":
                 self._started = True
-                self.connection.send(queue.take())
+                self.connection.send(queue.take(self))
                 return _Served()
         except (EOFError, OSError):
             code = self._process.wait()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,17 @@ class Watch(ABC):
         """What went on since it began."""
 
 
-def watch(device: torch.device) -> Watch:
-    """The watch for a device; one that sees nothing where there is no way to look."""
+def watch(device: torch.device, own: Callable[[], Container[int]] = lambda: (os.getpid(),)) -> Watch:
+    """The watch for a device; one that sees nothing where there is no way to look.
+
+    Args: own: gives the processes whose work on a GPU is no disturbance, as they wait while this one measures.
+    """
     if device.type == "cpu":
         return _CpuWatch()
     try:
         import pynvml
 
-        return _NvidiaWatch(pynvml, str(torch.cuda.get_device_properties(device).uuid))
+        return _NvidiaWatch(pynvml, str(torch.cuda.get_device_properties(device).uuid), own)
     except Exception:  # no library, no driver, AMD's GPU, an older PyTorch
         return _BlindWatch()
 
@@ -113,8 +116,9 @@ class _CpuWatch(Watch):
 class _NvidiaWatch(Watch):
     """Slowdowns, and kernels of other processes."""
 
-    def __init__(self, nvml: Any, uuid: str) -> None:
+    def __init__(self, nvml: Any, uuid: str, own: Callable[[], Container[int]]) -> None:
         nvml.nvmlInit()
+        self._own = own
         self._nvml = nvml
         self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
@@ -141,6 +145,7 @@ class _NvidiaWatch(Watch):
             if os.getpid() not in seen:  # process numbers of another namespace
                 return False
             samples: Iterable[Any] = self._nvml.nvmlDeviceGetProcessUtilization(self._handle, self._began_us)
-            return any(each.smUtil > 0 and each.pid != os.getpid() for each in samples)
+            own = self._own()
+            return any(each.smUtil > 0 and each.pid not in own for each in samples)
         except Exception:  # as above; without samples there is nothing to say
             return False

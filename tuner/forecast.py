@@ -16,6 +16,7 @@ from autofuse.cache_db.store import Provenance
 from autofuse.ops import get_op
 from autofuse.targets import Target, target_of
 from autofuse.tuner.budgets import GUESSED_PACE, LONGEST_PAUSE_S, Effort, Pace
+from autofuse.tuner.devices import lanes
 from autofuse.tuner.job import imported, known_of, provenance_of
 from autofuse.tuner.queue import Bucket
 from autofuse.tuner.search import search_for
@@ -32,7 +33,7 @@ class Outlook:
             version of the kernel), ``again`` (it is to be measured anew) or ``new``.
         known: configs that the database knows.
         trials: configs that would be measured, at most.
-        seconds: that it would take on one device.
+        seconds: that it would take by itself.
     """
 
     bucket: Bucket
@@ -85,7 +86,7 @@ def forecast(
         seconds = 0.0 if state == "tuned" else rate.bucket_s + trials * rate.trial_s
         outlooks.append(Outlook(bucket, state, known, trials, seconds))
     each = [outlook.seconds for outlook in outlooks]
-    seconds = max(sum(each) / len(devices), *each) if each else 0.0
+    seconds = max(sum(each) / len(lanes(devices, len(each))), *each) if each else 0.0
     if not any(each):
         basis = "nothing is left to measure"
     elif on_target is None:

@@ -6,7 +6,8 @@ largest value as an integer: what a kernel reads beside an input spoils its resu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import cycle
 from typing import Any
 
@@ -54,41 +55,24 @@ class GuardedCall:
         if not binding.accepts(args):
             raise UnsupportedCall(f"{self._bound.op.name}: the arguments are not of the kernel's problem")
         tokens, device = binding.tokens(args), args[binding.tensors[0].index].device
-        fill = next(self._fills)
-        guarded = [
-            _GuardedResult(result.allocate(tokens, torch.device("meta")), device, fill) for result in binding.results
-        ]
-        results = tuple(each.tensor for each in guarded)
+        likes = [result.allocate(tokens, torch.device("meta")) for result in binding.results]
+        spans = [_span_bytes(like) for like in likes]
+        arena = _Arena([_zone_bytes(like) for like in likes], spans, next(self._fills), device)
+        results = tuple(
+            arena.inside(index).view(like.dtype).as_strided(like.shape, like.stride())
+            for index, like in enumerate(likes)
+        )
         self._bound.launch(args, results)
-        for index, each in enumerate(guarded):
-            if where := each.damage():
-                raise WrongResult(f"bytes beside result {index} were written: {where}")
+        if where := arena.damage():
+            raise WrongResult(where)
         return results
-
-
-class _GuardedResult:
-    def __init__(self, like: torch.Tensor, device: torch.device, fill: int) -> None:
-        last = sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-        span = (last + 1) * like.element_size() if like.numel() else 0
-        self._guard, self._fill = _zone_bytes(like), fill
-        self._buffer = torch.full((2 * self._guard + span,), fill, dtype=torch.uint8, device=device)
-        inside = self._buffer[self._guard : self._guard + span].view(like.dtype)
-        self.tensor = inside.as_strided(like.shape, like.stride())
-
-    def damage(self) -> str:
-        """Where the zones were written to, nearest to the result; "" if nowhere."""
-        after = (self._buffer[-self._guard :] != self._fill).nonzero()
-        if len(after):
-            return f"{int(after[0])} bytes after its end"
-        before = (self._buffer[: self._guard] != self._fill).nonzero()
-        if len(before):
-            return f"{self._guard - int(before[-1])} bytes before its begin"
-        return ""
 
 
 class GuardedArgs:
     """An op's arguments, moved into memory with guard zones around it; strides, and what lies between the rows of a
     view, stay as they were, and so does what arguments share.
+
+    Args: args: their tensors are on one device.
 
     Attributes:
         args: the arguments there.
@@ -96,19 +80,21 @@ class GuardedArgs:
 
     def __init__(self, args: Sequence[Any], mutates: Sequence[int]) -> None:
         self._mutates = [index for index in mutates if isinstance(args[index], torch.Tensor)]
-        self._buffers: dict[int, torch.Tensor] = {}
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                key = arg.untyped_storage().data_ptr()
-                if key not in self._buffers:
-                    self._buffers[key] = _with_zones(arg)
-        self._copies = {key: buffer.clone() for key, buffer in self._buffers.items()}
-        self.args = tuple(_moved(arg, self._buffers) for arg in args)
-        self._before = tuple(_moved(arg, self._copies) for arg in args)
+        tensors = {arg.untyped_storage().data_ptr(): arg for arg in args if isinstance(arg, torch.Tensor)}
+        sizes = [tensor.untyped_storage().nbytes() for tensor in tensors.values()]
+        device = next(iter(tensors.values())).device
+        self._arena = _Arena([_zone_bytes(tensor) for tensor in tensors.values()], sizes, _NAN_BYTE, device)
+        places = {key: index for index, key in enumerate(tensors)}
+        for key, tensor in tensors.items():
+            storage = torch.empty(0, dtype=torch.uint8, device=device).set_(tensor.untyped_storage())
+            self._arena.inside(places[key]).copy_(storage)
+        self._copy = self._arena.clone()
+        self.args = tuple(_moved(arg, self._arena, places) for arg in args)
+        self._before = tuple(_moved(arg, self._copy, places) for arg in args)
 
     @property
     def kept_bytes(self) -> int:
-        return 2 * sum(buffer.numel() for buffer in self._buffers.values())
+        return 2 * self._arena.buffer.numel()
 
     def take_mutated(self) -> list[torch.Tensor]:
         """What a call wrote into the arguments that its op writes into; they are put back to what they were."""
@@ -119,8 +105,7 @@ class GuardedArgs:
 
     def check(self) -> None:
         """Raises WrongResult where anything is not as it was; then it is so again."""
-        changed = [key for key, buffer in self._buffers.items() if not same_bits(buffer, self._copies[key])]
-        if not changed:
+        if same_bits(self._arena.buffer, self._copy.buffer):
             return
         said = "bytes beside an input were written"
         for index, (arg, before) in enumerate(zip(self.args, self._before, strict=True)):
@@ -132,8 +117,61 @@ class GuardedArgs:
 
     def restore(self) -> None:
         """Puts everything back to what it was."""
-        for key, buffer in self._buffers.items():
-            buffer.copy_(self._copies[key])
+        self._arena.buffer.copy_(self._copy.buffer)
+
+
+class _Arena:
+    """Memory for several tensors with a guard zone before and after each; all of it in one block, which is filled and
+    looked at as a whole: a candidate is verified within milliseconds.
+
+    Args:
+        zones: bytes of the zones of each, at least.
+        spans: bytes of each.
+    """
+
+    def __init__(self, zones: Sequence[int], spans: Sequence[int], fill: int, device: torch.device) -> None:
+        self._fill = fill
+        self._places: list[slice] = []  # of the tensors
+        self._zones: list[tuple[slice, slice]] = []  # before and after each
+        end = 0
+        for zone, span in zip(zones, spans, strict=True):
+            begin, stop = end + zone, end + zone + span
+            end = -(-(stop + zone) // _ALIGNMENT) * _ALIGNMENT
+            self._places.append(slice(begin, stop))
+            self._zones.append((slice(begin - zone, begin), slice(stop, end)))
+        self.buffer = torch.full((end,), fill, dtype=torch.uint8, device=device)
+
+    def inside(self, index: int) -> torch.Tensor:
+        """The bytes of a tensor."""
+        return self.buffer[self._places[index]]
+
+    def clone(self) -> _Arena:
+        other = copy(self)
+        other.buffer = self.buffer.clone()
+        return other
+
+    def damage(self) -> str:
+        """Which zone was written to, and where, nearest to its tensor; "" if none."""
+        zones = [self.buffer[zone] for pair in self._zones for zone in pair]
+        if not zones or not (torch.cat(zones) != self._fill).any():
+            return ""
+        for index, (before, after) in enumerate(self._zones):
+            beside = f"bytes beside result {index} were written"
+            wrong = (self.buffer[after] != self._fill).nonzero()
+            if len(wrong):
+                return f"{beside}: {int(wrong[0])} bytes after its end"
+            wrong = (self.buffer[before] != self._fill).nonzero()
+            if len(wrong):
+                return f"{beside}: {before.stop - before.start - int(wrong[-1])} bytes before its begin"
+        raise AssertionError("a zone is damaged and whole")
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    """From its first element to its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _zone_bytes(tensor: torch.Tensor) -> int:
@@ -143,23 +181,11 @@ def _zone_bytes(tensor: torch.Tensor) -> int:
     return -(-wanted // _ALIGNMENT) * _ALIGNMENT
 
 
-def _with_zones(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor's whole storage as bytes, a zone before and after it."""
-    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    zone = _zone_bytes(tensor)
-    size = -(-(2 * zone + storage.numel()) // 8) * 8  # in whole words: they compare faster
-    buffer = torch.full((size,), _NAN_BYTE, dtype=torch.uint8, device=tensor.device)
-    buffer[zone : zone + storage.numel()] = storage
-    return buffer
-
-
-def _moved(arg: Any, buffers: dict[int, torch.Tensor]) -> Any:
-    """``arg`` in the buffer that its storage was copied to."""
+def _moved(arg: Any, arena: _Arena, places: Mapping[int, int]) -> Any:
+    """``arg`` where its storage was copied to."""
     if not isinstance(arg, torch.Tensor):
         return arg
     storage = arg.untyped_storage()
-    buffer = buffers[storage.data_ptr()]
-    zone = (buffer.numel() - storage.nbytes()) // 2 // _ALIGNMENT * _ALIGNMENT
     whole_bytes = storage.nbytes() // arg.element_size() * arg.element_size()
-    whole = buffer[zone : zone + whole_bytes].view(arg.dtype)
+    whole = arena.inside(places[storage.data_ptr()])[:whole_bytes].view(arg.dtype)
     return whole.as_strided(arg.shape, arg.stride(), whole.storage_offset() + arg.storage_offset())

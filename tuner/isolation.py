@@ -70,12 +70,15 @@ class IsolatedBench:
 
     The worker has the parent's environment, import path, kernel sources and thread count, and none of its other state.
     An op of one's own must be known to it after it imported the module that the op's class is in.
+
+    Args: turns: the file of the ``Turns`` of those who tune on the device; None where nobody else does.
     """
 
-    def __init__(self, device: torch.device, effort: Effort) -> None:
+    def __init__(self, device: torch.device, effort: Effort, turns: Path | None = None) -> None:
         self._device = device
         self._effort = effort
         self._limits = effort.limits
+        self._turns = turns
         self._worker: _Worker | None = None
         self._bucket: dict[str, Any] = {}
         self._pending: list[str] = []  # what the worker was asked for and has not answered: "start", "open"
@@ -211,7 +214,7 @@ class IsolatedBench:
                 raise WorkerError(f"the reference of {place} cannot be computed: {died}") from None
 
     def _start(self) -> _Worker:
-        self._worker = worker = _Worker()
+        self._worker = worker = _Worker(self._limits.turn_s)
         worker.request(
             "start",
             {
@@ -221,6 +224,7 @@ class IsolatedBench:
                 "effort": encode_effort(self._effort),
                 "threads": torch.get_num_threads(),
                 "log_level": logging.getLogger("autofuse").getEffectiveLevel(),
+                "turns": None if self._turns is None else str(self._turns),
             },
         )
         worker.request("open", self._bucket)
@@ -252,9 +256,13 @@ def _value(answer: dict[str, Any]) -> Any:
 
 
 class _Worker:
-    """The process, and the two pipes and the file that connect it."""
+    """The process, and the two pipes and the file that connect it.
 
-    def __init__(self) -> None:
+    Args: turn_s: how long it may wait for its turn on the device.
+    """
+
+    def __init__(self, turn_s: float) -> None:
+        self._turn_s = turn_s
         self._note = tempfile.TemporaryFile()  # noqa: SIM115 (closed in end)
         for_worker, requests = os.pipe()
         answers, from_worker = os.pipe()
@@ -303,7 +311,10 @@ class _Worker:
         return self.answer(limit_s)
 
     def answer(self, limit_s: float) -> dict[str, Any]:
-        """The next answer. Raises _TimedOut, _WorkerDied."""
+        """The next answer; for as long as the worker waits for its turn on the device, no time counts.
+
+        Raises _TimedOut, _WorkerDied.
+        """
         end = time.monotonic() + limit_s
         while True:
             try:
@@ -314,10 +325,13 @@ class _Worker:
                 answer: dict[str, Any] = json.loads(line)
             except ValueError:  # the pipe's end, or what a kernel wrote into it
                 raise _WorkerDied(self._how_it_died()) from None
-            if "log" not in answer:
+            if "waits" in answer:
+                end = time.monotonic() + (self._turn_s if answer["waits"] else limit_s)
+            elif "log" in answer:
+                name, level, message = answer["log"]
+                logging.getLogger(name).log(level, "%s", message)
+            else:
                 return answer
-            name, level, message = answer["log"]
-            logging.getLogger(name).log(level, "%s", message)
 
     def running(self, default: Subject) -> Subject:
         """What ran last; ``default`` if nothing did since the last request."""

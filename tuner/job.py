@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,17 +141,19 @@ def tune_shares(
     seed: int = 0,
     on_event: Callable[[Event], None] = lambda event: None,
     compilers: int | None = None,
+    turns: Path | None = None,
 ) -> list[Winner]:
-    """Tunes what it takes on ``device``, until nothing is left: ``tune_buckets`` for one of several devices.
+    """Tunes what it takes on ``device``, until nothing is left: ``tune_buckets`` for one of several processes.
 
     Args:
         take: gives the next bucket and its time; None at the end.
         compilers: how many candidates compile at a time; as many as there are cores, unless given.
+        turns: the file of the ``Turns`` that others take on the device as well; None where nobody does.
     """
     target = target_of(device)
     provenance = database.record_provenance(provenance_of(device))
     winners = []
-    with compile_pool(target.kind, target.arch, compilers) as pool, IsolatedBench(device, effort) as bench:
+    with compile_pool(target.kind, target.arch, compilers) as pool, IsolatedBench(device, effort, turns) as bench:
         tell = _with_bandwidth(bench, on_event)
         while share := take():
             tuning = _BucketTuning(share.bucket, target, database, effort, provenance, pool, bench, tell)

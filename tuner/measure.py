@@ -15,6 +15,7 @@ kernels make an MLA layer of one token 1.6 µs longer on an H200. After short pr
 from __future__ import annotations
 
 import functools
+import math
 import random
 import statistics
 import time
@@ -131,11 +132,12 @@ class Runner(ABC):
             self.round_us()
 
     def _lengthen(self, wanted_us: float) -> None:
-        """Doubles the repeats until the shortest of a few rounds lasts at least half of ``wanted_us``, as ``timeit``
-        does. One call is never enough to go by: whatever interrupts it is longer than the call.
+        """Doubles the repeats until the shortest of a few rounds lasts at least half of ``wanted_us``; how often, the
+        rounds before tell. One call is never enough to go by: whatever interrupts it is longer than the call.
         """
         while (shortest_us := min(self._time_us() for _ in range(_SOME_ROUNDS))) < wanted_us / 2:
-            self.repeats *= 2
+            # A clock that saw no time pass tells nothing.
+            self.repeats <<= max(math.ceil(math.log2(wanted_us / 2 / max(shortest_us, wanted_us / 256))), 1)
         self.first_us = shortest_us / (self.repeats * self.calls_each)
 
 

@@ -37,10 +37,12 @@ class BucketQueue:
     """What is left of a job.
 
     Each bucket gets an equal share of the time that is left when it is taken, so what one does not need is the others'.
+    Those of one problem are taken one after the other while there are others: what is found for one T is tried first at
+    the next.
 
     Args:
         budget_s: how long all of it may take; None for as long as it takes.
-        takers: devices that take from it at the same time.
+        takers: how many take from it at the same time.
 
     Raises BadInput for a bucket without tokens.
 
@@ -54,12 +56,17 @@ class BucketQueue:
         self._left = deque(buckets)
         self._end = None if budget_s is None else time.monotonic() + budget_s
         self._takers = takers
+        self._under_way: dict[object, Problem] = {}
         for bucket in self._left:
             if bucket.tokens < 1:
                 raise BadInput(f"tokens {bucket.tokens}: a bucket has at least one token")
 
-    def take(self) -> Share | None:
-        """The next bucket; None where there is none, or no time for it."""
+    def take(self, taker: object = None) -> Share | None:
+        """The next bucket; None where there is none, or no time for it.
+
+        Args: taker: who takes it, and has finished the one it took before.
+        """
+        mine = self._under_way.pop(taker, None)
         if not self._left:
             return None
         share_s = None
@@ -68,4 +75,10 @@ class BucketQueue:
             if share_s <= 0:
                 logger.info("the time is over with %d buckets to tune", len(self._left))
                 return None
-        return Share(self._left.popleft(), share_s)
+        others = set(self._under_way.values())
+        free = [bucket for bucket in self._left if bucket.problem not in others]
+        following = (bucket for bucket in free if bucket.problem == mine)
+        bucket = next(following, free[0] if free else self._left[0])
+        self._left.remove(bucket)
+        self._under_way[taker] = bucket.problem
+        return Share(bucket, share_s)

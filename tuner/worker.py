@@ -7,7 +7,8 @@ other side can read it when this process is gone; a pipe would wake it between t
 - ``{"failed": {"subject", "status", "message"}, "lost": bool}``: a candidate failed, and whether the device is lost
   with it;
 - ``{"error": {"type", "message", "traceback"}}``: something else did;
-- ``{"log": [logger, level, message]}``, before any of these.
+- ``{"log": [logger, level, message]}``, before any of these;
+- ``{"waits": bool}``, before any of these as well: it waits for its turn on the device, or has it now.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort, Limits
 from autofuse.tuner.failures import CandidateFailed, Subject, is_out_of_memory
 from autofuse.tuner.processes import end_with_parent
+from autofuse.tuner.turns import Turns
 
 __all__ = ["NOTE_BYTES", "decode_effort", "decode_subject", "encode_effort", "encode_subject", "main"]
 
@@ -112,7 +114,14 @@ class _Server:
             self._out.flush()
 
     def _do_start(
-        self, package: str, kernels: str, device: str, effort: dict[str, Any], threads: int, log_level: int
+        self,
+        package: str,
+        kernels: str,
+        device: str,
+        effort: dict[str, Any],
+        threads: int,
+        log_level: int,
+        turns: str | None,
     ) -> None:
         here = str(Path(sys.modules["autofuse"].__file__ or "").parent)
         if here != package:
@@ -127,7 +136,8 @@ class _Server:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             torch.zeros(1, device=self._device)
-        self._bench = Bench(self._device, decode_effort(effort), self._take_note)
+        shared = Turns(None if turns is None else Path(turns), lambda waits: self.send({"waits": waits}))
+        self._bench = Bench(self._device, decode_effort(effort), self._take_note, shared)
 
     def _do_open(self, problem: str, tokens: int, source_hash: str, module: str) -> float:
         """Seconds that it took."""
