@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from planting import impatient
 
 from autofuse.cache_db import TunedDatabase
 from autofuse.ops import Problem, get_op
@@ -23,7 +24,6 @@ from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone
 from autofuse.tuner.queue import BucketQueue
 from autofuse.tuner.turns import Turns
-from tests.test_tuner_racing import impatient
 
 CPU = torch.device("cpu")
 PROBLEM = Problem.parse("mla_dual_rms_norm(dtype=fp32,q_lora_rank=96,kv_lora_rank=64,cast_before_weight=0)")
