@@ -111,9 +111,9 @@ def test_several_buckets_at_a_time_on_one_device(tiny: Effort, monkeypatch: pyte
 def test_no_more_at_a_time_than_there_are_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(devices_module.LANES, "cpu", 4)
     for cores, each in ((2, 1), (12, 4), (64, 4), (7, 2)):
-        monkeypatch.setattr(devices_module.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(devices_module, "usable_cores", lambda cores=cores: cores)
         assert lanes([CPU], 100) == [CPU] * each
-    monkeypatch.setattr(devices_module.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(devices_module, "usable_cores", lambda: 12)
     assert lanes([CPU, CPU], 100) == [CPU] * 4
 
 

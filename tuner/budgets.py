@@ -147,6 +147,8 @@ class Effort:
         trials: configs measured per bucket by a search at most, those already in the database included.
         fewest_trials: so many at least, before a search may end for what it expects.
         settled: it ends when no config is expected to be faster than the best by this share.
+        triton_fewest, triton_settled: the same of the search among kernels in Triton, which take their compiler a
+            second each and know what the kernel in C++ reaches.
         priors: winners of other buckets, problems and devices that are tried before anything else.
         startup_trials: of these, before a model proposes any: what is tried first, and the rest at random.
         batch: configs that are proposed at once, so that they compile side by side.
@@ -171,9 +173,11 @@ class Effort:
     """
 
     exhaustive_up_to: int = 64
-    trials: int = 64
-    fewest_trials: int = 32
-    settled: float = 0.0003
+    trials: int = 80
+    fewest_trials: int = 64
+    settled: float = 0.0001
+    triton_fewest: int = 16
+    triton_settled: float = 0.003
     priors: int = 4
     startup_trials: int = 10
     batch: int = 4
@@ -195,7 +199,16 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(exhaustive_up_to=24, trials=24, fewest_trials=16, settled=0.003, trial_rounds=5, final_rounds=15),
+    "quick": Effort(
+        exhaustive_up_to=24,
+        trials=24,
+        fewest_trials=16,
+        settled=0.003,
+        triton_fewest=8,
+        triton_settled=0.01,
+        trial_rounds=5,
+        final_rounds=15,
+    ),
     "default": Effort(),
     "exhaustive": Effort(exhaustive_up_to=100_000),
 }

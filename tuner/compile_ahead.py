@@ -8,7 +8,6 @@ does it; what it compiles, the kernel cache hands over.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from autofuse import errors, kernels_src
+from autofuse.cores import usable_cores
 from autofuse.errors import CompileError
 from autofuse.targets import Artifact, KernelSpec, kind_of_arch, toolchain
 from autofuse.tuner.budgets import COMPILE_LIMIT_S
@@ -34,7 +34,7 @@ class CompilePool:
     def __init__(self, kind: str, arch: str, workers: int | None = None) -> None:
         self._kind = kind
         self._arch = arch
-        self._threads = ThreadPoolExecutor(min(workers or os.cpu_count() or 1, _MOST_WORKERS), "autofuse-compile")
+        self._threads = ThreadPoolExecutor(min(workers or usable_cores(), _MOST_WORKERS), "autofuse-compile")
         self._local = threading.local()
         self._workers: list[subprocess.Popen[str]] = []
 

@@ -6,7 +6,6 @@ Those of one device take turns on it: while one measures, the others compile.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ import torch
 
 from autofuse import kernels_src
 from autofuse.cache_db import TunedDatabase, Winner
+from autofuse.cores import usable_cores
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import get_op
 from autofuse.targets import parse_device, target_of
@@ -54,8 +54,8 @@ def parse_devices(text: str) -> list[torch.device]:
 
 def lanes(devices: Sequence[torch.device], buckets: int) -> list[torch.device]:
     """The device of each process of a job: a device several times where several buckets are tuned on it at once."""
-    cores = (os.cpu_count() or 1) // LANE_CORES
-    each = max(min(LANES[target_of(devices[0]).kind], cores // len(devices)), 1)
+    for_each = usable_cores() // len(devices) // LANE_CORES
+    each = max(min(LANES[target_of(devices[0]).kind], for_each), 1)
     return (list(devices) * each)[: max(buckets, 1)]
 
 
@@ -102,7 +102,7 @@ def tune_on_devices(
         "modules": _modules(buckets),
         "threads": torch.get_num_threads(),
         "log_level": logging.getLogger("autofuse").getEffectiveLevel(),
-        "compilers": max((os.cpu_count() or 1) // len(devices), 1),
+        "compilers": max(usable_cores() // len(devices), 1),
     }
     workers: list[_DeviceWorker] = []
     winners: list[Winner] = []

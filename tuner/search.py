@@ -192,8 +192,9 @@ def search_for(
     searches = {}
     for kernel in kernels:
         share = effort
-        if kernel.language == TRITON:  # it takes its compiler a second, and it knows what the C++ kernels reach
-            share = replace(effort, batch=2 * effort.batch, fewest_trials=effort.fewest_trials // 2)
+        if kernel.language == TRITON:
+            fewest, settled = effort.triton_fewest, effort.triton_settled
+            share = replace(effort, batch=2 * effort.batch, fewest_trials=fewest, settled=settled)
         mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
         searches[kernel.language] = search_in(kernel.space, problem, tokens, mine, first, share, seed, wanted)
     search = LanguageSearch(searches)

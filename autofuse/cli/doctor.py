@@ -16,6 +16,7 @@ from autofuse.cache_db import AbsentDatabaseError, DamagedDatabaseError, TunedDa
 from autofuse.cache_db import repair as repair_database
 from autofuse.cli.options import DatabaseOption, JsonOption
 from autofuse.cli.output import console, print_json
+from autofuse.cores import usable_cores
 from autofuse.errors import AutofuseError
 from autofuse.paths import cache_folder
 from autofuse.targets import KINDS, Check, toolchain
@@ -91,12 +92,11 @@ def _print(groups: dict[str, list[Check]], needed: set[str]) -> None:
 def _machine() -> list[Check]:
     import autofuse
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         Check("Python", True, f"{platform.python_version()} ({sys.executable})"),
         Check("autofuse", True, f"{autofuse.__version__} ({Path(autofuse.__file__).parent})"),
         Check("PyTorch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        Check("cores", True, f"{cores}, {platform.machine()}"),
+        Check("cores", True, f"{usable_cores()}, {platform.machine()}"),
     ]
 
 

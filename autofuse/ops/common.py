@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from autofuse.cores import usable_cores
 from autofuse.ops.space import Constraint, Tunable
 
 __all__ = ["THREADING", "THREADING_CONSTRAINTS", "most_threads", "rows_apart"]
@@ -13,7 +12,7 @@ __all__ = ["THREADING", "THREADING_CONSTRAINTS", "most_threads", "rows_apart"]
 
 def _thread_counts() -> tuple[int, ...]:
     """Powers of two up to the cores that this process may use, and that number itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return tuple(sorted({min(1 << i, cores) for i in range(cores.bit_length() + 1)}))
 
 

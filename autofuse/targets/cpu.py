@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from autofuse.cores import usable_cores
 from autofuse.errors import BadInput, CompileError, LaunchError, TargetUnavailable
 from autofuse.kernels_src import sources, write_sources
 from autofuse.targets.base import Artifact, Check, Kernel, KernelSpec, Resources, Target, Toolchain
@@ -84,7 +85,7 @@ class CpuToolchain(Toolchain):
         self._libraries: dict[Path, ctypes.CDLL] = {}
 
     def target(self, device: torch.device) -> Target:
-        return Target("cpu", _host_arch(), f"{_cpu_facts()['model name']} ({_cores()} threads)")
+        return Target("cpu", _host_arch(), f"{_cpu_facts()['model name']} ({usable_cores()} threads)")
 
     def provenance(self, device: torch.device) -> dict[str, str | int | float | None]:
         try:
@@ -95,7 +96,7 @@ class CpuToolchain(Toolchain):
             "driver": platform.release(),
             "toolkit": platform.libc_ver()[1] or None,
             "compiler": compiler,
-            "units": _cores(),
+            "units": usable_cores(),
             "torch_threads": torch.get_num_threads(),
         }
 
@@ -141,7 +142,7 @@ class CpuToolchain(Toolchain):
                 found,
                 Check("OpenMP", False, f"a parallel sum of 0..63 gave {total.item()}", "set CXX to another compiler"),
             ]
-        return [found, Check("OpenMP", True, f"{_cores()} threads")]
+        return [found, Check("OpenMP", True, f"{usable_cores()} threads")]
 
 
 @cache
@@ -174,11 +175,6 @@ def _host_identity() -> str:
     """What ``-march=native`` stands for here: a cache folder may be shared by different machines."""
     facts = _cpu_facts()
     return hashlib.sha256(f"{facts['model name']}\0{facts['flags']}".encode()).hexdigest()[:16]
-
-
-def _cores() -> int:
-    """Threads this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compiler() -> list[str]:
