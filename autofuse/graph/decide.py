@@ -55,7 +55,7 @@ class Decision:
         plan: what the fused op runs; None where the site is left alone, or rewritten without a kernel of ours.
         rule: of the lookup, or what else decided: ``default`` (its config, which nobody measured), ``level``,
             ``refused``, ``split``, ``flag`` (nothing to measure), ``unsupported``, ``target``, ``baseline``,
-            ``overlap``.
+            ``overlap``, ``cycle``.
         reason: the same as a sentence.
         key: what was looked up; None where nothing was.
         winners: what answered, the bucket whose config runs first.

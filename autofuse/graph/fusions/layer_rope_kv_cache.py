@@ -56,6 +56,10 @@ class LayerRopeKvCacheSite(RopeKvCacheSite):
         own = self.nodes
         return any(user not in own for read in self.pair.k.reads for user in read.node.users)
 
+    def hoist(self) -> tuple[Node, ...]:
+        check_no_other_layer_call(self.first, self.write.output)
+        return super().hoist()
+
     @property
     def write(self) -> HeadsUpdateBlock:
         assert self.update is not None
@@ -117,7 +121,6 @@ def _site(base: RopeKvCacheSite, update: HeadsUpdateBlock, kinds: Any) -> LayerR
     try:
         site = _with_cache(site, kinds)
         check_site(site)
-        check_no_other_layer_call(site.first, update.output)
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site

@@ -15,7 +15,6 @@ from autofuse.graph.fusions.rope_pairs import (
     RopePair,
     base_of,
     check_alike,
-    check_caches,
     check_order,
     check_scale,
     frames_of,
@@ -40,7 +39,7 @@ from autofuse.graph.heads import (
     table_of,
     to_read,
 )
-from autofuse.graph.moves import RefusedError, check_no_mutation
+from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.nodes import concrete, is_call, product, same_size, same_sizes, shape, tensor
 from autofuse.graph.rewrite import Replacement, tokens_first
 from autofuse.graph.rows import is_stored
@@ -77,6 +76,14 @@ class MlaRopeSite(Site):
     @property
     def first(self) -> Node:
         return min(self.results)
+
+    @property
+    def spared(self) -> Mapping[Node, Node]:
+        return self.pair.spared
+
+    def hoist(self) -> tuple[Node, ...]:
+        """What must move above the first of its results. Raises RefusedError where it must not be one call there."""
+        return check_order(self.pair, self.results, self.needed, self.nodes)
 
     @property
     def results(self) -> list[Node]:
@@ -136,7 +143,7 @@ class MlaRopeKvCacheCat(Fusion):
         assert q_pe is not None
         assert k_pe is not None
         first = site.first
-        hoist = check_order(pair, site.results, site.needed, site.nodes)
+        hoist = site.hoist()
         spared, new = (Replacement(graph, before=first, like=pair.q.output) for _ in range(2))
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
@@ -347,5 +354,4 @@ def check_site(site: MlaRopeSite) -> None:
     for source in (site.q_nope, q_pe, site.kv_c, k_pe):
         if source is not None:
             source.fake()
-    check_caches(pair.writes, site.first)
-    check_no_mutation({*site.results, *check_order(pair, site.results, site.needed, site.nodes)})
+    site.hoist()

@@ -119,6 +119,7 @@ class MlaDualNormQuant(Fusion):
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormQuantSite)
+        hoist = site.hoist()
         quant = site.quant
         new = Replacement(graph, before=min(site.q.output, site.kv.output), like=quant.output)
         with new:
@@ -139,7 +140,7 @@ class MlaDualNormQuant(Fusion):
             sized = min(site.q, site.kv, key=lambda block: block.output).input
             results = quantised(new, fused, quant, sized)
             latent = new.reshape_like(new.getitem(fused, 2), site.kv.output, sized)
-        new.hoist(site.hoist)
+        new.hoist(hoist)
         replace_quantised(new, quant, results, views=(*site.q_rows.views, *site.q.nodes, *site.between))
         new.replace(site.kv, latent, site.kv_rows.views)
 
@@ -177,7 +178,6 @@ def _dual_site(pair: DualNormSite, quant: QuantBlock, between: tuple[Node, ...])
         kv=pair.kv,
         q_rows=pair.q_rows,
         kv_rows=pair.kv_rows,
-        hoist=pair.hoist,
         quant=quant,
         between=between,
     )
