@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class Site:
         """The node that stands for the site in reports."""
         return self.blocks[0].output
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         """All nodes that it replaces."""
         return frozenset(node for block in self.blocks for node in block.nodes)

@@ -7,6 +7,7 @@ what vLLM's returned so that attention comes after it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Node
@@ -39,7 +40,7 @@ class LayerRopeKvCacheSite(RopeKvCacheSite):
     update: HeadsUpdateBlock | None = None
     between: tuple[Node, ...] = ()
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class MlaRopeSite(Site):
     cat: Node | None
     absorbed: AbsorbedQueryBlock | None = None
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.pair.between, *([] if self.cat is None else [self.cat])}
 
@@ -115,7 +116,7 @@ class MlaRopeSite(Site):
     def tensors(self) -> Mapping[int, torch.Tensor]:
         rows = {"q_pe": self.q_pe, "kv_c": self.kv_c, "k_pe": self.k_pe, "q_nope": self.q_nope}
         found = {name: source.fake() for name, source in rows.items() if source is not None}
-        found.update({name: found[name][:, 0] for name in ("kv_c", "k_pe") if name in found})
+        found.update({name: found[name].select(1, 0) for name in ("kv_c", "k_pe") if name in found})
         if self.absorbed is not None:
             found["q_nope"] = self.absorbed.rows.meta["val"].transpose(0, 1)
             found["w_uk"] = self.absorbed.weight.meta["val"]

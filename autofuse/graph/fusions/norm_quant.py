@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
@@ -37,7 +38,7 @@ class NormQuantSite(Site):
     quant: QuantBlock
     between: tuple[Node, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 
@@ -97,7 +98,7 @@ class DualNormQuantSite(DualNormSite):
     quant: QuantBlock
     between: tuple[Node, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -66,7 +67,7 @@ class RopeKvCacheSite(Site):
     v: HeadSource | None
     norms: tuple[RMSNormBlock, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.pair.between}
 
