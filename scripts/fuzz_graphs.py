@@ -12,8 +12,10 @@ A layer (random_layers.py) is compiled with every fusion on, and compared with e
 arguments, which it may have changed. Rows that are left as they were must be so to the bit. Without --inductor
 everything of a compilation runs but Inductor's code generation: the graph that Inductor would get is run as it is. A
 mutant (graph_mutants.py) is a layer's post-grad graph with some changes; run with the pass, it is compared with itself
-run without. --case cuts a wrong layer down to what it stays wrong with. A seed whose process dies is wrong. Exits with
-1 if any case is wrong.
+run without. Its results may be badly conditioned, such as a softmax of large numbers: an element that differs by more
+than the tolerance is wrong if it also differs by more than noise of one unit in the last place of all that the graph
+computes moves it. --case cuts a wrong layer down to what it stays wrong with. A seed whose process dies is wrong. Exits
+with 1 if any case is wrong.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,6 +68,8 @@ FUSE = {"autofuse.level": "O3", "autofuse.untuned": "fuse"}
 TOLERANCE = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 6e-2}
 """Of the error of an element, in units of its size plus the tensor's root mean square."""
 FP8_STEP = 2.0**-3  # between neighbours, in units of the smaller
+NOISY_RUNS = 8  # that show what roundings can do to an element
+UNSEEN = 2.0  # so many times as far as in the worst of these runs it may move in another
 
 
 @dataclass(frozen=True)
@@ -203,27 +208,50 @@ def run_mutant(layer: Layer, graph: Graph, number: int) -> Outcome:
             given = _results_of(layer, in_place(fused), arguments)
         except Exception as error:
             return Outcome(case, tuple(reports), f"{type(error).__name__}: {error}", "", mutant, tuple(what))
-    wrong = [*_faults(reports), *_apart(layer, right, given)]
-    before = {**{f"argument {at}": value for at, value in enumerate(arguments)}, **old}
-    after = ({name: results[name] for name in before} for results in (right, given))
-    wrong += changes(layer, before, *after)
+        before = {**{f"argument {at}": value for at, value in enumerate(arguments)}, **old}
+        wrong = [*_faults(reports), *_apart(layer, right, given), *changes(layer, before, right, given)]
+        if wrong:
+            moved = _moved_by_noise(layer, mutant, arguments, right)
+            wrong = [*_faults(reports), *_apart(layer, right, given, moved)]
+            wrong += changes(layer, before, right, given, moved)
     return Outcome(case, tuple(reports), "; ".join(wrong), "", mutant, tuple(what))
 
 
-def _results_of(layer: Layer, graph: Graph, arguments: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _results_of(
+    layer: Layer, graph: Graph, arguments: Sequence[torch.Tensor], noise: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
     """The results of a graph, and its arguments and the caches that it finds by names after the call."""
     layer.arguments(layer.tokens)  # fresh caches
     after = copies(arguments)
-    results = {f"result {at}": value for at, value in enumerate(run_graph(graph, after))}
+    results = {f"result {at}": value for at, value in enumerate(run_graph(graph, after, noise))}
     return results | {f"argument {at}": value for at, value in enumerate(after)} | layer_caches()
 
 
-def _apart(layer: Layer, right: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """In what two runs of a graph differ."""
+def _moved_by_noise(
+    layer: Layer, graph: Graph, arguments: Sequence[torch.Tensor], right: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """How far noise may move each element of a graph's results, as far as some runs can show that."""
+    noise = torch.Generator().manual_seed(layer.seed)
+    runs = [_results_of(layer, graph, arguments, noise) for _ in range(NOISY_RUNS)]
+    return {
+        name: UNSEEN * torch.stack([(run[name].double() - one.double()).abs() for run in runs]).amax(0)
+        for name, one in right.items()
+        if one.is_floating_point()
+    }
+
+
+def _apart(
+    layer: Layer,
+    right: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    moved: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> list[str]:
+    """In what two runs of a graph differ, by more than noise has moved them."""
     wrong = []
     for name, one in right.items():
         odd = _unlike(one, given[name], strides=False)
-        wrong += [f"{name}: {odd}"] if odd else _off(name, one, given[name], TOLERANCE[layer.dtype], 0.0)
+        off = [] if odd else _off(name, one, given[name], TOLERANCE[layer.dtype], 0.0, moved.get(name))
+        wrong += [f"{name}: {odd}"] if odd else off
     return wrong
 
 
@@ -305,11 +333,12 @@ def changes(
     before: Mapping[str, torch.Tensor],
     right: Mapping[str, torch.Tensor],
     given: Mapping[str, torch.Tensor],
+    moved: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[str]:
-    """What is wrong with arguments after a call."""
+    """What is wrong with arguments after a call; ``moved``: by how much noise has moved them."""
     found = []
     for name, old in before.items():
-        found += _off(name, right[name], given[name], TOLERANCE[layer.dtype], 0.0)
+        found += _off(name, right[name], given[name], TOLERANCE[layer.dtype], 0.0, moved.get(name))
         kept = (_bytes(right[name]) == _bytes(old)).flatten(1).all(1)
         touched = (_bytes(given[name]) != _bytes(old)).flatten(1).any(1)
         if bool((kept & touched).any()):
@@ -343,8 +372,20 @@ def _dequantised(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     return (values.float().unflatten(-1, (-1, group)) * scales.reshape(*scales.shape, 1)).flatten(-2)
 
 
-def _off(name: str, right: torch.Tensor, given: torch.Tensor, tolerance: float, step: float) -> list[str]:
-    """Whether two tensors differ by more than roundings; ``step``: relative, of values that were in FP8."""
+def _off(
+    name: str,
+    right: torch.Tensor,
+    given: torch.Tensor,
+    tolerance: float,
+    step: float,
+    moved: torch.Tensor | None = None,
+) -> list[str]:
+    """Whether two tensors differ by more than roundings.
+
+    Args:
+        step: relative, of values that were in FP8.
+        moved: how far roundings were seen to move each element; None if that was not looked at.
+    """
     if not right.is_floating_point():
         return [] if torch.equal(right, given) else [f"{name} differs"]
     if step or right.dtype == torch.float8_e4m3fn:
@@ -353,7 +394,7 @@ def _off(name: str, right: torch.Tensor, given: torch.Tensor, tolerance: float, 
     finite = one[one.isfinite()]
     size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
     error = (one - other).abs() - step * torch.minimum(one.abs(), other.abs())
-    error = error / (one.abs() + size + 1e-12)
+    error = (error if moved is None else error - moved) / (one.abs() + size + 1e-12)
     error = torch.where((one == other) | (one.isnan() & other.isnan()), torch.zeros_like(error), error)
     worst = error.max().item() if error.numel() else 0.0
     if worst <= tolerance:  # false for NaN

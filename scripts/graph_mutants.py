@@ -60,18 +60,37 @@ def arguments_of(graph: Graph, seed: int, highest: int = _INDICES) -> list[torch
     return found
 
 
-def run_graph(graph: Graph, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The results of a graph; it may change its arguments. Fresh memory holds zeros."""
-    results = _Filling(GraphModule({}, graph)).run(*arguments)
+def run_graph(graph: Graph, arguments: list[torch.Tensor], noise: torch.Generator | None = None) -> list[torch.Tensor]:
+    """The results of a graph; it may change its arguments. Fresh memory holds zeros.
+
+    Args:
+        noise: shifts what each operator computes by up to one unit in the last place: twice what rounding does, and so
+            more than another order of roundings, or none in between, could (Parker, Monte Carlo arithmetic, 1997).
+    """
+    results = _Filling(GraphModule({}, graph), noise).run(*arguments)
     return [result for result in results if isinstance(result, torch.Tensor)]
 
 
 class _Filling(Interpreter):
     """A mutant may read what was never written."""
 
+    def __init__(self, module: GraphModule, noise: torch.Generator | None) -> None:
+        super().__init__(module)
+        self.noise = noise
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_function(target, args, kwargs)
-        return result.zero_() if target in _FRESH else result
+        if target in _FRESH:
+            return result.zero_()
+        return result if self.noise is None else self.shifted(result, args)
+
+    def shifted(self, result: Any, args: Any) -> Any:
+        """The result with noise, where an operator has rounded it: views and copies have not."""
+        computed = isinstance(result, torch.Tensor) and result.dtype in _FLOATS and result._base is None
+        if not computed or any(result is arg for arg in args):
+            return result
+        units = 2 * torch.rand(result.shape, generator=self.noise, dtype=torch.float64) - 1
+        return (result.double() * (1 + units * torch.finfo(result.dtype).eps)).to(result.dtype)
 
 
 class _Mutant:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import isolate
+from torch.fx import Graph
 
 import fuzz_graphs
 from autofuse.graph.moves import RefusedError
@@ -119,9 +120,9 @@ def test_mutants_are_right(traced):
     [
         ("fusions.rope_pairs._same_angles", lambda *_: True),
         ("fusions.rope_pairs._same_slots", lambda *_: True),
-        ("fusions.rope_kv_cache.check_caches", lambda *_: None),
+        ("fusions.rope_pairs.check_caches", lambda *_: None),
         ("fusions.rope_kv_cache.check_alike", lambda *_: None),
-        ("graph_pass.without_overlaps", list),
+        ("conflicts.without_overlaps", list),
     ],
     ids=["same angles", "same slots", "one cache written twice", "one kind of rotation", "one node, one fusion"],
 )
@@ -165,6 +166,26 @@ def test_a_wrong_result_and_a_changed_argument_are_found():
     touched = {name: value.clone() for name, value in arguments.items()}
     next(iter(touched.values())).view(-1)[-1] += 1e-6
     assert "were to stay as they are" in " ".join(fuzz_graphs.changes(layer, arguments, arguments, touched))
+
+
+def test_of_a_badly_conditioned_result_roundings_are_told_from_what_is_wrong():
+    graph, layer = Graph(), drawn("norms")
+    x = graph.placeholder("x")
+    scores = graph.call_function(torch.mul, (graph.call_function(torch.mul, (x, 3.0)), 30.0))
+    graph.output((graph.call_function(torch.softmax, (scores, -1)),))
+    rows = (4 + 0.05 * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))).half()
+
+    def off(given, moved=None):
+        return fuzz_graphs._off("it", right, given.half(), fuzz_graphs.TOLERANCE["float16"], 0.0, moved)
+
+    (right,) = fuzz_graphs.run_graph(graph, [rows])
+    moved = fuzz_graphs._moved_by_noise(layer, graph, [rows], {"result 0": right})["result 0"]
+    rounded_once = (90 * rows.float()).softmax(-1)
+    wrong = rounded_once.clone()
+    wrong[:8] = (90 * rows[:8].float()).flip(0).softmax(-1)
+    assert off(rounded_once)
+    assert not off(rounded_once, moved)
+    assert off(wrong, moved)
 
 
 def test_a_wrong_layer_is_cut_down_to_what_it_is_wrong_with(monkeypatch):

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autofuse.cache_db import Trial, TunedDatabase, default_path
 from autofuse.graph import decide as decide_module
 from autofuse.graph import notice
-from autofuse.graph.alignment import misalignment
+from autofuse.graph.alignment import loads_of, misalignment
 from autofuse.graph.decide import ANY_TOKENS, token_range
 from autofuse.graph.evidence import read_shared, read_tuned
 from autofuse.graph.fusions import FUSIONS
@@ -367,8 +367,9 @@ def test_a_symbolic_stride_is_refused_only_if_it_never_fits():
         )
     with pytest.MonkeyPatch.context() as patch:
         needs_alignment(patch, 16)
-        assert misalignment(op, plan, {0: fits}) is None
-        assert "stride in dimension 0 of q_c" in (misalignment(op, plan, {0: never}) or "")
+        loads = loads_of(op, plan)
+        assert misalignment(op, loads, {0: fits}) is None
+        assert "stride in dimension 0 of q_c" in (misalignment(op, loads, {0: never}) or "")
 
 
 def test_level_flag_and_refusal_come_first():

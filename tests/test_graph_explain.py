@@ -276,7 +276,7 @@ def test_the_page_escapes_what_it_is_given():
 
 def test_every_verdict_has_words_and_every_rule_a_verdict():
     rules = ("exact", "between", "nearest", "range", "stale", "untuned")
-    rules += ("level", "refused", "split", "unsupported", "target", "baseline", "overlap")
+    rules += ("level", "refused", "split", "unsupported", "target", "baseline", "overlap", "cycle")
     site = SiteReport("f", "op", "", "", "", "cpu", "1", False, "", "", "", "")
     assert {replace(site, rule=rule).verdict for rule in rules} | {"fused"} == set(VERDICTS)
 

@@ -76,9 +76,9 @@ def test_without_a_rope_part_the_narrower_is_kv():
 
 def test_what_must_move_up_is_hoisted():
     (site,) = sites_of(MlaLatents(DTYPE, joint=False), hidden(), reorder=False)
-    assert torch.ops.aten.mm.default in {node.target for node in site.hoist}
+    assert torch.ops.aten.mm.default in {node.target for node in site.hoist()}
     (site,) = sites_of(MlaLatents(DTYPE, joint=True), hidden())
-    assert site.hoist == ()
+    assert site.hoist() == ()
 
 
 class Dependent(MlaLatents):

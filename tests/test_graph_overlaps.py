@@ -9,10 +9,10 @@ from torch.fx import Graph
 
 from autofuse.graph import graph_pass
 from autofuse.graph.blocks import Block
+from autofuse.graph.conflicts import without_overlaps
 from autofuse.graph.decide import Decision
 from autofuse.graph.fusions import Site
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
-from autofuse.graph.graph_pass import without_overlaps
 from autofuse.graph.report_store import last_reports
 from autofuse.ops import Config, get_op
 from autofuse.runtime.plan import Plan

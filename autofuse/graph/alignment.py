@@ -9,35 +9,42 @@ import torch
 
 from autofuse.graph.recognise.nodes import concrete, expression
 from autofuse.ops import FusedOp
+from autofuse.ops.problem import Config
 from autofuse.runtime.plan import Plan
 
-__all__ = ["misalignment"]
+__all__ = ["Loads", "loads_of", "misalignment"]
+
+Loads = Mapping[int, Mapping[int, tuple[int, Config]]]
+"""Of each tensor argument, by its index: how many bytes a plan loads of it at once, and the first bucket that does."""
 
 
-def misalignment(op: FusedOp, plan: Plan, tensors: Mapping[int, torch.Tensor]) -> str | None:
-    """Why a kernel of ``plan`` cannot load the tensors, whatever the values of their symbols; None if all can.
+def loads_of(op: FusedOp, plan: Plan) -> Loads:
+    """What the kernels of ``plan`` load at once."""
+    found: dict[int, dict[int, tuple[int, Config]]] = {}
+    for tokens, config in plan.buckets:
+        if config is not None:
+            align = op.launch_shape(plan.problem, config).align
+            for arg in op.binding(plan.problem).tensors:
+                found.setdefault(arg.index, {}).setdefault(arg.align or align, (tokens, config))
+    return found
+
+
+def misalignment(op: FusedOp, loads: Loads, tensors: Mapping[int, torch.Tensor]) -> str | None:
+    """Why a kernel that loads so cannot load the tensors, whatever the values of their symbols; None if all can.
 
     The start of a storage counts as aligned: PyTorch's and Inductor's allocations are, to 16 bytes at least.
 
     Args:
         tensors: the op's fake tensor arguments, by index; those that are left out are taken to be aligned.
     """
-    arguments = torch._C.parse_schema(op.name + op.schema).arguments
-    for tokens, config in plan.buckets:
-        if config is None:
-            continue
-        align = op.launch_shape(plan.problem, config).align
-        for arg in op.binding(plan.problem).tensors:
-            if arg.index not in tensors:
-                continue
-            needed = arg.align or align
-            value = tensors[arg.index]
+    for index, value in tensors.items():
+        for align, (tokens, config) in loads.get(index, {}).items():
             for what, elements in _steps(value):
-                if _off(elements, value.element_size(), needed):
+                if _off(elements, value.element_size(), align):
+                    name = torch._C.parse_schema(op.name + op.schema).arguments[index].name
                     return (
-                        f"the {what} of {arguments[arg.index].name}, {elements} elements of {value.element_size()} "
-                        f"bytes, is not a multiple of the {needed} bytes that the config for T={tokens} ({config}) "
-                        "loads at once"
+                        f"the {what} of {name}, {elements} elements of {value.element_size()} bytes, is not a multiple "
+                        f"of the {align} bytes that the config for T={tokens} ({config}) loads at once"
                     )
     return None
 

@@ -14,7 +14,7 @@ import torch
 
 from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner, default_path
 from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavailable, UnsupportedCall
-from autofuse.graph.alignment import misalignment
+from autofuse.graph.alignment import Loads, loads_of, misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
 from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared, read_tuned
 from autofuse.graph.fakes import fake_mode_of, on_fakes
@@ -55,7 +55,7 @@ class Decision:
         plan: what the fused op runs; None where the site is left alone, or rewritten without a kernel of ours.
         rule: of the lookup, or what else decided: ``default`` (its config, which nobody measured), ``level``,
             ``refused``, ``split``, ``flag`` (nothing to measure), ``unsupported``, ``target``, ``baseline``,
-            ``overlap``.
+            ``overlap``, ``cycle``.
         reason: the same as a sentence.
         key: what was looked up; None where nothing was.
         winners: what answered, the bucket whose config runs first.
@@ -153,6 +153,7 @@ class Decider:
     _evidence: Evidence = field(init=False)
     _compiled: set[tuple[Problem, Config]] = field(default_factory=set)
     _captured: dict[Captured, None] = field(default_factory=dict)
+    _loads: dict[Plan, Loads] = field(default_factory=dict)  # of plans, which all layers of a model share
 
     def __post_init__(self) -> None:
         snapshots = (known.snapshot for known in self.known.values() if known.snapshot is not None)
@@ -187,11 +188,24 @@ class Decider:
             warn_once(f"autofuse leaves the graphs on {site.device} as they are: {known.fault}")
             return Decision(None, "target", known.fault, problem)
         try:
-            decision = _if_aligned(op, site, self._by_measurement(op, problem, site, known, known.target))
+            decision = self._if_aligned(op, site, self._by_measurement(op, problem, site, known, known.target))
             return self._with_kernels(op, decision, known.target)
         except AutofuseError as error:
             warn_once(f"autofuse leaves {site.op} unfused: {error}")
             return Decision(None, "target", str(error), problem)
+
+    def _if_aligned(self, op: FusedOp, site: Site, decision: Decision) -> Decision:
+        """The decision, unless a kernel of its plan could never run on the site's tensors."""
+        plan = decision.plan
+        if plan is None:
+            return decision
+        if plan not in self._loads:
+            self._loads[plan] = loads_of(op, plan)
+        with on_fakes(fake_mode_of(None)):
+            tensors = site.tensors()
+        if (why := misalignment(op, self._loads[plan], tensors)) is None:
+            return decision
+        return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 
     def _by_measurement(self, op: FusedOp, problem: Problem, site: Site, known: Knowledge, target: Target) -> Decision:
         key = Key(target, problem, *token_range(site.tokens), op.source_hashes(target.kind))
@@ -386,17 +400,6 @@ def _outside_space(op: FusedOp, problem: Problem, kind: str, lookup: Lookup) -> 
                 f"run `autofuse tune --retune --problem '{problem}' --tokens {winner.tokens}`"
             )
     return None
-
-
-def _if_aligned(op: FusedOp, site: Site, decision: Decision) -> Decision:
-    """The decision, unless a kernel of its plan could never run on the site's tensors."""
-    if decision.plan is None:
-        return decision
-    with on_fakes(fake_mode_of(None)):
-        tensors = site.tensors()
-    if (why := misalignment(op, decision.plan, tensors)) is None:
-        return decision
-    return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 
 
 def _default_buckets(op: FusedOp, kind: str, problem: Problem, low: int, high: int) -> tuple[tuple[int, Config], ...]:

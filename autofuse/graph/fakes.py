@@ -41,12 +41,14 @@ _BY_META_KERNEL = frozenset(
 """Operators whose meta kernel is all that PyTorch's mode asks, once composite ones (reshape) are taken apart."""
 
 
-def fake_mode_of(values: Any) -> FakeTensorMode | None:
-    """The mode that a graph is compiled under, else that of the fake tensors among ``values``, if there is one."""
-    return detect_fake_mode(values)
-
-
 _computing_on: ContextVar[FakeTensorMode | None] = ContextVar("autofuse_computing_on", default=None)
+
+
+def fake_mode_of(values: Any) -> FakeTensorMode | None:
+    """The mode of ``on_fakes`` within it; else the one that a graph is compiled under, else that of the fake tensors
+    among ``values``, if there is one.
+    """
+    return _computing_on.get() or detect_fake_mode(values)
 
 
 @contextmanager

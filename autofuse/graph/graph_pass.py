@@ -11,10 +11,11 @@ import torch
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from autofuse.graph.blocks import Found
 from autofuse.graph.compile_tuning import Tuner, tune_in_process
+from autofuse.graph.conflicts import Decided, without_conflicts
 from autofuse.graph.decide import Decider, Decision, Knowledge, describe_tokens
 from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import FUSIONS, Fusion, Site
@@ -26,7 +27,7 @@ from autofuse.graph.settings import PREFIX, Settings
 from autofuse.graph.sources import sources_hash
 from autofuse.runtime.vllm_context import head_cache_kinds, output_formats
 
-__all__ = ["FusionPass", "StoppedError", "without_overlaps"]
+__all__ = ["FusionPass", "StoppedError"]
 
 # PyTorch 2.12 and later tell such passes whether the graph is for inference; a user's pass may want to know.
 _AwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
@@ -111,20 +112,21 @@ class FusionPass(_AwarePass):
             with on_fakes(mode):
                 matched = [(fusion, site) for fusion in FUSIONS for site in fusion.match(found)]
             note = self._split_note()
-            decided = without_overlaps([(fusion, site, decider.decide(fusion, site)) for fusion, site in matched])
+            every = [(fusion, site, decider.decide(fusion, site)) for fusion, site in matched]
+            decided, order = without_conflicts(graph, every)
             unmatched = self._unmatched(decided)
             found += Found(near_misses=tuple(miss for f in FUSIONS for miss in f.near_misses(found)))
         except Exception as error:  # a user's compilation must not end for want of a fusion
             note = _failure("leaves a graph as it is", error)
-            decided = []
+            decided, order = [], []
         self._warn_of_flags(decided)
         # What the reports say of a site is read before the rewrite erases its nodes.
         sites = [self._site_report(site, decision) for _, site, decision in decided]
         near_misses = tuple(self._near_miss_reports(found))
         with on_fakes(mode):
-            for index in _rewriting_order(decided):
+            for index in order:
                 fusion, site, decision = decided[index]
-                if decision.fuses and (why := _rewrite(graph, fusion, site, str(decision.plan or ""))) is not None:
+                if (why := _rewrite(graph, fusion, site, str(decision.plan or ""))) is not None:
                     left = replace(decision, plan=None, rewrites=False, rule="refused", reason=why)
                     sites[index] = self._site_report(site, left)
         decider.remember_untuned()
@@ -210,52 +212,6 @@ def _layer_facts() -> list[str]:
     """What decisions depend on that only vLLM's layers know."""
     facts = [f"{name}={sorted(groups)}" for name, groups in sorted((output_formats() or {}).items())]
     return facts + [f"{name}={cache}" for name, cache in sorted((head_cache_kinds() or {}).items())]
-
-
-Decided = tuple[Fusion, Site, Decision]
-
-
-def without_overlaps(decided: Sequence[Decided]) -> list[Decided]:
-    """The same sites, but of those to be fused no two that replace one node: what saves more time is kept.
-
-    Among sites that nobody measured, it is the one that replaces more nodes. One after the other, the best first; which
-    set of sites would save the most in all is not searched.
-    """
-    wanted = [index for index, (_, _, decision) in enumerate(decided) if decision.fuses]
-    wanted.sort(key=lambda index: _worth(*decided[index][1:]), reverse=True)
-    taken: dict[Node, int] = {}
-    result = list(decided)
-    for rank, index in enumerate(wanted):
-        fusion, site, decision = decided[index]
-        nodes = site.nodes
-        rivals = [taken[node] for node in nodes if node in taken]
-        if not rivals:
-            taken.update(dict.fromkeys(nodes, rank))
-            continue
-        _, winner, better = decided[wanted[min(rivals)]]
-        won, this = _merit(winner, better), _merit(site, decision)
-        reason = f"{winner.op} ({winner.fusion}) replaces nodes of it and {won}; this one {this}"
-        result[index] = (fusion, site, replace(decision, plan=None, rewrites=False, rule="overlap", reason=reason))
-    return result
-
-
-def _worth(site: Site, decision: Decision) -> tuple[bool, float, int]:
-    return decision.saved_us is not None, decision.saved_us or 0.0, len(site.nodes)
-
-
-def _merit(site: Site, decision: Decision) -> str:
-    if decision.saved_us is None:
-        return (
-            f"{'cannot be measured' if decision.rewrites else 'was never tuned'} and replaces {len(site.nodes)} nodes"
-        )
-    return f"saves {decision.saved_us:.2f} µs"
-
-
-def _rewriting_order(decided: Sequence[Decided]) -> list[int]:
-    """The last sites of the graph first: a site's inputs may be outputs of others, which must still be there. A site of
-    several outputs may begin before what only its last one reads; where that is another site's, it is refused then.
-    """
-    return sorted(range(len(decided)), key=lambda index: decided[index][1].first, reverse=True)
 
 
 def _rewrite(graph: Graph, fusion: Fusion, site: Site, plan: str) -> str | None:

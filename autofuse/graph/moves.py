@@ -77,11 +77,12 @@ def nodes_to_hoist(needed: Iterable[Node], before: Node) -> tuple[Node, ...]:
 
 def check_no_mutation(nodes: Iterable[Node]) -> None:
     """Raises RefusedError if anything between the first and the last of ``nodes`` may write to a tensor."""
-    span = sorted(nodes)
-    node, last = span[0], span[-1]
+    span = [*nodes]
+    node = first = min(span)
+    last = max(span)
     while True:
         if _mutates(node):
-            raise RefusedError(f"{node} ({node.target}) may write to a tensor between {span[0]} and {last}")
+            raise RefusedError(f"{node} ({node.target}) may write to a tensor between {first} and {last}")
         if node is last:
             return
         node = node.next

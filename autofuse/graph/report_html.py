@@ -11,7 +11,9 @@ from autofuse.graph.report import VERDICTS, GraphReport, Measured, NearMissRepor
 
 __all__ = ["html_page"]
 
-_TONE = {"fused": "good", "slower": "plain", "off": "plain", "overlap": "plain", "untuned": "todo", "stale": "todo"}
+_TONE = {"fused": "good", "untuned": "todo", "stale": "todo"} | dict.fromkeys(
+    ("slower", "off", "overlap", "cycle"), "plain"
+)
 """The colour of a verdict; what is not named here is a ``bad`` one: something keeps the fusion from being used."""
 
 _WIDTH, _HEIGHT = 132, 18  # of a drawn gain, in CSS pixels

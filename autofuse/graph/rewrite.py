@@ -123,10 +123,8 @@ class Replacement:
 
     def replace(self, block: Block, result: Node, views: Iterable[Node]) -> None:
         """Gives ``block``'s users ``result``; erases the block, and those of ``views`` that nobody reads any more."""
-        block.output.replace_all_uses_with(result)
-        for node in sorted({*block.nodes, *views}, reverse=True):
-            if not node.users:
-                self._graph.erase_node(node)
+        self.redirect([(block.output, result)])
+        self.erase({*block.nodes, *views})
 
 
 def _check_present(node: Node) -> Node:

@@ -164,7 +164,7 @@ def matrix_of(rows: Rows) -> torch.Tensor:
     assert value is not None
     with on_fakes(fake_mode_of([value])):
         matrix = value.view(-1, value.shape[-1])
-        return matrix if rows.whole else matrix[:, rows.offset : rows.offset + rows.width]
+        return matrix if rows.whole else matrix.narrow(1, rows.offset, rows.width)
 
 
 def viewable_as_rows(base: Node) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
@@ -35,7 +36,7 @@ class AttnQuantSite(Site):
     between: tuple[Node, ...]
     w_constant: bool
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 

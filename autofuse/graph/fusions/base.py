@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -43,15 +44,20 @@ class Site:
         """The node that stands for the site in reports."""
         return self.blocks[0].output
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         """All nodes that it replaces."""
         return frozenset(node for block in self.blocks for node in block.nodes)
 
     @property
     def first(self) -> Node:
-        """The first of its blocks' outputs in the graph. What reads another site's outputs usually comes after this."""
+        """The first of its blocks' outputs in the graph."""
         return min(output for block in self.blocks for output in block.outputs)
+
+    @property
+    def spared(self) -> Mapping[Node, Node]:
+        """Those of its outputs that hold what the op leaves as it was, and what that is made of instead."""
+        return {}
 
     @property
     def operators(self) -> frozenset[str]:
@@ -101,5 +107,7 @@ class Fusion(ABC):
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         """Replaces a site that is not refused by the fused op running ``plan``.
 
-        Every new node gets its ``meta["val"]``. Whatever raises does so before the graph is changed.
+        Sites that read its results have been rewritten before it, and may have moved nodes of it up: whether it is
+        legal where its nodes are now is asked anew. Those whose results it reads are rewritten after it. Every new node
+        gets its ``meta["val"]``. Whatever raises does so before the graph is changed.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class LayerAttnQuantSite(Site):
     def anchor(self) -> Node:
         return self.quant.output
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 

@@ -53,6 +53,10 @@ class LayerMlaRopeSite(MlaRopeSite):
         names = [update.layer_name] if isinstance(update.layer_name, Node) else []
         return [*super().needed, update.k_scale, *names]
 
+    def hoist(self) -> tuple[Node, ...]:
+        check_no_other_layer_call(self.first, self.latent.output)
+        return super().hoist()
+
     @property
     def latent(self) -> LatentUpdateBlock:
         assert self.update is not None
@@ -116,7 +120,6 @@ def _site(pair: RopePair, update: LatentUpdateBlock) -> LayerMlaRopeSite:
     try:
         site = _with_latent(site)
         check_site(site)
-        check_no_other_layer_call(site.first, update.output)
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site

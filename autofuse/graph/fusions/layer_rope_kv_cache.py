@@ -7,6 +7,7 @@ what vLLM's returned so that attention comes after it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Node
@@ -39,7 +40,7 @@ class LayerRopeKvCacheSite(RopeKvCacheSite):
     update: HeadsUpdateBlock | None = None
     between: tuple[Node, ...] = ()
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 
@@ -55,6 +56,10 @@ class LayerRopeKvCacheSite(RopeKvCacheSite):
     def returns_key(self) -> bool:
         own = self.nodes
         return any(user not in own for read in self.pair.k.reads for user in read.node.users)
+
+    def hoist(self) -> tuple[Node, ...]:
+        check_no_other_layer_call(self.first, self.write.output)
+        return super().hoist()
 
     @property
     def write(self) -> HeadsUpdateBlock:
@@ -117,7 +122,6 @@ def _site(base: RopeKvCacheSite, update: HeadsUpdateBlock, kinds: Any) -> LayerR
     try:
         site = _with_cache(site, kinds)
         check_site(site)
-        check_no_other_layer_call(site.first, update.output)
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -34,14 +34,19 @@ class DualNormSite(Site):
     Attributes:
         q: the norm of the query latent.
         kv: the norm of the key-value latent.
-        hoist: what must be moved above the first of the two results.
     """
 
     q: RMSNormBlock
     kv: RMSNormBlock
     q_rows: Rows
     kv_rows: Rows
-    hoist: tuple[Node, ...]
+
+    def hoist(self) -> tuple[Node, ...]:
+        """What must be moved above the first of the two results. Raises RefusedError where that is not allowed."""
+        needed = (self.q_rows.base, self.q.weight, self.kv_rows.base, self.kv.weight)
+        hoist = nodes_to_hoist(needed, before=min(self.q.output, self.kv.output))
+        check_no_mutation({*self.q.nodes, *self.q_rows.views, *self.kv.nodes, *self.kv_rows.views, *hoist})
+        return hoist
 
     def tensors(self) -> Mapping[int, torch.Tensor]:
         weights = {index: tensor(node) for index, node in ((1, self.q.weight), (3, self.kv.weight))}
@@ -71,6 +76,7 @@ class MlaDualRMSNorm(Fusion):
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormSite)
+        hoist = site.hoist()
         first = min((site.q, site.kv), key=lambda block: block.output)
         new = Replacement(graph, before=first.output, like=site.q.output)
         with new:
@@ -91,7 +97,7 @@ class MlaDualRMSNorm(Fusion):
                 new.reshape_like(new.getitem(fused, index), block.output, sized=first.input)
                 for index, block in enumerate((site.q, site.kv))
             ]
-        new.hoist(site.hoist)
+        new.hoist(hoist)
         new.replace(site.q, results[0], site.q_rows.views)
         new.replace(site.kv, results[1], site.kv_rows.views)
 
@@ -176,14 +182,7 @@ def _site(q: _Half, kv: _Half) -> DualNormSite:
     tokens = product(shape(q.block.input)[:-1])
     value = tensor(q.block.input)
     assert value is not None
-    refusal: str | None = None
-    hoist: tuple[Node, ...] = ()
-    try:
-        _check_alike(q.block, kv.block)
-        hoist = _check_order(q, kv)
-    except RefusedError as refused:
-        refusal = str(refused)
-    return DualNormSite(
+    site = DualNormSite(
         fusion=MlaDualRMSNorm.name,
         op=MlaDualRMSNorm.op,
         params=(
@@ -195,13 +194,21 @@ def _site(q: _Half, kv: _Half) -> DualNormSite:
         tokens=tokens,
         device=value.device,
         blocks=(q.block, kv.block),
-        refusal=refusal,
+        refusal=None,
         q=q.block,
         kv=kv.block,
         q_rows=q.rows,
         kv_rows=kv.rows,
-        hoist=hoist,
     )
+    try:
+        _check_alike(q.block, kv.block)
+        for half in (q, kv):
+            if (why := viewable_as_rows(half.rows.base)) is not None:
+                raise RefusedError(why)
+        site.hoist()
+    except RefusedError as refused:
+        return replace(site, refusal=str(refused))
+    return site
 
 
 def _check_alike(q: RMSNormBlock, kv: RMSNormBlock) -> None:
@@ -218,15 +225,3 @@ def _check_alike(q: RMSNormBlock, kv: RMSNormBlock) -> None:
         value = tensor(weight)
         if value is None or not same_size(value.stride(0), 1):
             raise RefusedError(f"the weight {weight} is not contiguous")
-
-
-def _check_order(q: _Half, kv: _Half) -> tuple[Node, ...]:
-    """What must move above the first of the two results; raises RefusedError where that is not allowed."""
-    for half in (q, kv):
-        if (why := viewable_as_rows(half.rows.base)) is not None:
-            raise RefusedError(why)
-    first = min(q.block.output, kv.block.output)
-    hoist = nodes_to_hoist((q.rows.base, q.block.weight, kv.rows.base, kv.block.weight), before=first)
-    touched = {*q.block.nodes, *q.rows.views, *kv.block.nodes, *kv.rows.views, *hoist}
-    check_no_mutation(touched)
-    return hoist

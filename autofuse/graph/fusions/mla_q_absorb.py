@@ -21,9 +21,8 @@ from autofuse.graph.constants import is_constant
 from autofuse.graph.fusions.base import Site
 from autofuse.graph.fusions.layer_mla_rope import LayerMlaRope
 from autofuse.graph.fusions.mla_rope_kv_cache_cat import MlaRopeKvCacheCat, MlaRopeSite
-from autofuse.graph.fusions.rope_pairs import check_order
 from autofuse.graph.heads import HeadSource
-from autofuse.graph.moves import RefusedError, check_no_mutation
+from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.axes import Axes, regrouped
 from autofuse.graph.recognise.nodes import concrete, is_call, keeps_order, shape, tensor
 
@@ -91,9 +90,7 @@ def _with_product(site: Site) -> Site | None:
         _check_readers(site, chain)
         _check_axes(site.q_nope, chain)
         _check_operands(site, absorbed)
-        check_no_mutation(
-            {product, *site.results, *check_order(site.pair, site.results, site.needed, site.nodes)},
-        )
+        site.hoist()
     except RefusedError as refused:
         return replace(site, refusal=str(refused))
     return site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from autofuse.graph.fusions.rope_pairs import (
     RopePair,
     base_of,
     check_alike,
-    check_caches,
     check_order,
     check_scale,
     frames_of,
@@ -40,7 +40,7 @@ from autofuse.graph.heads import (
     table_of,
     to_read,
 )
-from autofuse.graph.moves import RefusedError, check_no_mutation
+from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.nodes import concrete, is_call, product, same_size, same_sizes, shape, tensor
 from autofuse.graph.rewrite import Replacement, tokens_first
 from autofuse.graph.rows import is_stored
@@ -70,13 +70,21 @@ class MlaRopeSite(Site):
     cat: Node | None
     absorbed: AbsorbedQueryBlock | None = None
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.pair.between, *([] if self.cat is None else [self.cat])}
 
     @property
     def first(self) -> Node:
         return min(self.results)
+
+    @property
+    def spared(self) -> Mapping[Node, Node]:
+        return self.pair.spared
+
+    def hoist(self) -> tuple[Node, ...]:
+        """What must move above the first of its results. Raises RefusedError where it must not be one call there."""
+        return check_order(self.pair, self.results, self.needed, self.nodes)
 
     @property
     def results(self) -> list[Node]:
@@ -108,7 +116,7 @@ class MlaRopeSite(Site):
     def tensors(self) -> Mapping[int, torch.Tensor]:
         rows = {"q_pe": self.q_pe, "kv_c": self.kv_c, "k_pe": self.k_pe, "q_nope": self.q_nope}
         found = {name: source.fake() for name, source in rows.items() if source is not None}
-        found.update({name: found[name][:, 0] for name in ("kv_c", "k_pe") if name in found})
+        found.update({name: found[name].select(1, 0) for name in ("kv_c", "k_pe") if name in found})
         if self.absorbed is not None:
             found["q_nope"] = self.absorbed.rows.meta["val"].transpose(0, 1)
             found["w_uk"] = self.absorbed.weight.meta["val"]
@@ -136,7 +144,7 @@ class MlaRopeKvCacheCat(Fusion):
         assert q_pe is not None
         assert k_pe is not None
         first = site.first
-        hoist = check_order(pair, site.results, site.needed, site.nodes)
+        hoist = site.hoist()
         spared, new = (Replacement(graph, before=first, like=pair.q.output) for _ in range(2))
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
@@ -347,5 +355,4 @@ def check_site(site: MlaRopeSite) -> None:
     for source in (site.q_nope, q_pe, site.kv_c, k_pe):
         if source is not None:
             source.fake()
-    check_caches(pair.writes, site.first)
-    check_no_mutation({*site.results, *check_order(pair, site.results, site.needed, site.nodes)})
+    site.hoist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
@@ -37,7 +38,7 @@ class NormQuantSite(Site):
     quant: QuantBlock
     between: tuple[Node, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 
@@ -97,7 +98,7 @@ class DualNormQuantSite(DualNormSite):
     quant: QuantBlock
     between: tuple[Node, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.between}
 
@@ -119,6 +120,7 @@ class MlaDualNormQuant(Fusion):
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, DualNormQuantSite)
+        hoist = site.hoist()
         quant = site.quant
         new = Replacement(graph, before=min(site.q.output, site.kv.output), like=quant.output)
         with new:
@@ -139,7 +141,7 @@ class MlaDualNormQuant(Fusion):
             sized = min(site.q, site.kv, key=lambda block: block.output).input
             results = quantised(new, fused, quant, sized)
             latent = new.reshape_like(new.getitem(fused, 2), site.kv.output, sized)
-        new.hoist(site.hoist)
+        new.hoist(hoist)
         replace_quantised(new, quant, results, views=(*site.q_rows.views, *site.q.nodes, *site.between))
         new.replace(site.kv, latent, site.kv_rows.views)
 
@@ -177,7 +179,6 @@ def _dual_site(pair: DualNormSite, quant: QuantBlock, between: tuple[Node, ...])
         kv=pair.kv,
         q_rows=pair.q_rows,
         kv_rows=pair.kv_rows,
-        hoist=pair.hoist,
         quant=quant,
         between=between,
     )

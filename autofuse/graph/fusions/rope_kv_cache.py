@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,6 @@ from autofuse.graph.fusions.rope_pairs import (
     RopePair,
     base_of,
     check_alike,
-    check_caches,
     check_order,
     check_scale,
     frames_of,
@@ -41,7 +41,7 @@ from autofuse.graph.heads import (
     table_dtype,
     table_of,
 )
-from autofuse.graph.moves import RefusedError, check_no_mutation
+from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.nodes import is_call, keeps_order, product, same_size, tensor
 from autofuse.graph.rewrite import Replacement
 from autofuse.graph.rows import is_stored
@@ -67,13 +67,21 @@ class RopeKvCacheSite(Site):
     v: HeadSource | None
     norms: tuple[RMSNormBlock, ...]
 
-    @property
+    @cached_property
     def nodes(self) -> frozenset[Node]:
         return super().nodes | {*self.pair.between}
 
     @property
     def first(self) -> Node:
         return min(self.results)
+
+    @property
+    def spared(self) -> Mapping[Node, Node]:
+        return self.pair.spared
+
+    def hoist(self) -> tuple[Node, ...]:
+        """What must move above the first of its results. Raises RefusedError where it must not be one call there."""
+        return check_order(self.pair, self.results, self.needed, self.nodes)
 
     @property
     def results(self) -> list[Node]:
@@ -130,7 +138,7 @@ class RopeKvCache(Fusion):
         assert q is not None
         assert k is not None
         first = site.first
-        hoist = check_order(pair, site.results, site.needed, site.nodes)
+        hoist = site.hoist()
         spared, new = (Replacement(graph, before=first, like=pair.q.output) for _ in range(2))
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
@@ -315,5 +323,4 @@ def check_site(site: RopeKvCacheSite) -> None:
     for source in (q, k, v):
         if source is not None:
             source.fake()
-    check_caches(pair.writes, site.first)
-    check_no_mutation({*site.results, *check_order(pair, site.results, site.needed, site.nodes)})
+    site.hoist()

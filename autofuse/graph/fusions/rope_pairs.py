@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, Found, HeadRows, NearMiss, RMSNormBlock, RopeBlock, RopeRead
 from autofuse.graph.heads import HeadSource, angle_nodes
-from autofuse.graph.moves import RefusedError, check_movable
+from autofuse.graph.moves import RefusedError, check_movable, check_no_mutation
 from autofuse.graph.recognise.axes import Axes, regrouped
 from autofuse.graph.recognise.nodes import (
     concrete,
@@ -77,6 +77,10 @@ class RopePair:
     value_write: CacheWriteBlock | None = None
     between: tuple[Node, ...] = ()
     unclear: str = ""
+
+    @property
+    def spared(self) -> dict[Node, Node]:
+        return {node: where.node for rope in (self.q, self.k) for node, where in rope.spared}
 
     def root_of(self, write: CacheWriteBlock) -> Node:
         """Whose storage a write's cache lies in: what it was before the other write, if it follows that."""
@@ -491,10 +495,15 @@ def check_order(
 ) -> tuple[Node, ...]:
     """What must move above the first of ``results``, in graph order; raises RefusedError where that is not allowed.
 
+    Args:
+        needed: what a fused op in that place reads.
+        own: what it replaces.
+
     What reads rows that a rotation left as they were will read them where they were before.
     """
     first = min(results)
-    spared = {node: where.node for rope in (pair.q, pair.k) for node, where in rope.spared}
+    check_caches(pair.writes, first)
+    spared = pair.spared
     hoist: set[Node] = set()
     todo = [*needed]
     while todo:
@@ -507,6 +516,7 @@ def check_order(
             check_movable(node, first)
             hoist.add(node)
             todo += node.all_input_nodes
+    check_no_mutation({*own, *results, *hoist})
     return tuple(sorted(hoist))
 
 

@@ -85,7 +85,7 @@ def _cast(columns: Reader, node: Node) -> Reading | None:
     of = columns.read(node.args[0])
     if of is None or before not in FLOATS or to not in FLOATS:
         return None
-    if of.is_plain() and to != before and to not in _WIDENING.get(before, ()):
+    if of.is_plain and to != before and to not in _WIDENING.get(before, ()):
         return columns.function(node, of, ("cast", str(to)), _lead(node, of))
     return of
 

@@ -136,7 +136,7 @@ class Columns:
 
     def heads(self, node: Node, of: Reading, heads: int) -> Reading | None:
         """A reading of ``node``, whose rows are the equal parts of the plain rows ``of``; None if the parts differ."""
-        if not of.is_plain() or of.is_complex or of.dims[0] % heads:
+        if not of.is_plain or of.is_complex or of.dims[0] % heads:
             return None
         terms = of.terms[:, 0].reshape(heads, -1, 5)
         one = terms[0].copy()
@@ -164,7 +164,7 @@ class Columns:
             return None
         if node not in self._plain:
             reading = self.read(node)
-            if reading is not None and not reading.is_plain():
+            if reading is not None and not reading.is_plain:
                 reading = self._plain_view(node) or self._leaf(node)
             self._plain[node] = reading
         return self._plain[node]
@@ -181,7 +181,7 @@ class Columns:
             reading = rule(_Plainly(self), node)
         finally:
             self._steps -= 1
-        if reading is None or not reading.is_plain():
+        if reading is None or not reading.is_plain:
             return None
         self._remember_plain(node, reading)
         return reading
@@ -197,7 +197,7 @@ class Columns:
         return Reading(terms, len(lead), of.is_complex)
 
     def _remember_plain(self, node: Node, reading: Reading) -> None:
-        if len(reading.dims) != 1 or not reading.dims[0] or not reading.is_plain():
+        if len(reading.dims) != 1 or not reading.dims[0] or not reading.is_plain:
             return
         for part in (0, 1) if reading.is_complex else (None,):
             terms = reading.terms[:, 0] if part is None else reading.terms[:, part, 0]

@@ -78,8 +78,9 @@ class CustomCall:
 
 def custom_calls(graph: Graph) -> Iterator[CustomCall]:
     """All calls of operators that are not PyTorch's own, in graph order."""
+    plain: set[int] = set()  # PyTorch's own operators by their ids: asking for a name takes longer, and most are
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or id(node.target) in plain:
             continue
         if node.target in (auto_functionalized, auto_functionalized_v2):
             call = _functional(node)
@@ -89,6 +90,8 @@ def custom_calls(graph: Graph) -> Iterator[CustomCall]:
             schema = node.target._schema
             if not schema.is_mutable:
                 yield CustomCall(node, _name(node.target), _by_name(schema, node.args, node.kwargs), {})
+        else:
+            plain.add(id(node.target))
 
 
 def operator_name(node: Node) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class Reading:
         """The sizes of the dimensions that were read."""
         return self.terms.shape[: -3 if self.is_complex else -2]
 
+    @cached_property
     def is_plain(self) -> bool:
         """Whether each column is a source's, and nothing else."""
         return self.terms.shape[-2] == 1 and not self.terms[..., FACTOR].any()

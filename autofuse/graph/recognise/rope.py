@@ -295,7 +295,7 @@ class _Followed:
     def _held_by(self, node: Node) -> tuple[_Rotated | None, RopeRead | None]:
         """Whose rotated rows ``node`` holds, whole, perhaps beside columns of what was rotated."""
         reading = self._columns.read(node)
-        if reading is None or len(reading.dims) != 1 or not reading.is_plain() or reading.is_complex:
+        if reading is None or len(reading.dims) != 1 or not reading.is_plain or reading.is_complex:
             return None, None
         terms = reading.terms[:, 0]
         if (terms[:, SIGN] != 1).any():
@@ -329,7 +329,7 @@ class _Followed:
 
     def _holds_nothing_rotated(self, node: Node) -> bool:
         reading = self._columns.read(node)
-        if reading is None or len(reading.dims) != 1 or not reading.is_plain():
+        if reading is None or len(reading.dims) != 1 or not reading.is_plain:
             return False
         for source in np.unique(reading.terms[..., SOURCE]).tolist():
             bottom = self._columns.chain(source)[-1]

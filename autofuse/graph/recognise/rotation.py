@@ -103,11 +103,10 @@ def find_rotations(graph: Graph) -> tuple[list[Rotation], list[NearMiss]]:
     rotations: dict[Node, Rotation] = {}
     near_misses: dict[Node, NearMiss] = {}
     for anchor in _anchors(graph):
-        core, off = _first_rotated(columns, anchor)
-        if core is not None and core not in rotations:
+        found, off = _first_rotated(columns, anchor)
+        if found is not None and (core := _cast_back(found[0])) not in rotations:
             try:
-                core = _cast_back(core)
-                rotations[core] = _rotation(columns, core)
+                rotations[core] = _rotation(columns, core, found[1])
             except OffError as error:
                 off = (core, str(error))
         if off is not None:
@@ -121,8 +120,8 @@ def _anchors(graph: Graph) -> list[Node]:
     return sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target))
 
 
-def _first_rotated(columns: Columns, anchor: Node) -> tuple[Node | None, tuple[Node, str] | None]:
-    """The first node from ``anchor`` on that holds rotated rows; else, if it came close, (the node, why not)."""
+def _first_rotated(columns: Columns, anchor: Node) -> tuple[tuple[Node, _Pairing] | None, tuple[Node, str] | None]:
+    """(the first node from ``anchor`` on that holds rotated rows, how); else, if one came close, (that, why not)."""
     off: tuple[Node, str] | None = None
     todo, seen = [(anchor, 0)], {anchor}
     while todo:
@@ -131,8 +130,9 @@ def _first_rotated(columns: Columns, anchor: Node) -> tuple[Node | None, tuple[N
         if reading is None:
             continue
         try:
-            if _pairing(columns, node, reading) is not None:
-                return node, None
+            pairing = _pairing(columns, node, reading)
+            if pairing is not None:
+                return (node, pairing), None
         except OffError as error:
             off = off or (node, str(error))
         if steps == _MOST_STEPS_DOWN:
@@ -231,11 +231,9 @@ def _paired(columns: Columns, terms: np.ndarray, source: int) -> _Pairing | None
     return None
 
 
-def _rotation(columns: Columns, core: Node) -> Rotation:
+def _rotation(columns: Columns, core: Node, pairing: _Pairing) -> Rotation:
     reading = columns.read(core)
     assert reading is not None
-    pairing = _pairing(columns, core, reading)
-    assert pairing is not None
     width = reading.dims[0]
     source = columns.sources[pairing.source]
     found = held(source, pairing.first, width)
@@ -308,7 +306,7 @@ def _own(columns: Columns, core: Node, rows: Node, pairing: _Pairing) -> tuple[N
 def _is_only(columns: Columns, node: Node, sources: set[int]) -> bool:
     """Whether a node is made of the angles, and so is no part of the rotation."""
     reading = columns.read(node)
-    if reading is None or not reading.is_plain():
+    if reading is None or not reading.is_plain:
         return False
     return not sources.isdisjoint(np.unique(reading.terms[..., SOURCE]).tolist())
 
