@@ -14,7 +14,8 @@ import pytest
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
 from autofuse.cli.app import run
 from autofuse.ops import Config, get_op
-from autofuse.report_page import gather, html_page, load_peers
+from autofuse.report_page import Bucket, Curve, gather, html_page, load_peers
+from autofuse.report_page.plot import times_plot
 from autofuse.report_page.worth import worths
 from autofuse.targets import Target
 
@@ -124,6 +125,14 @@ def test_a_plot_has_a_line_for_each_thing_that_was_timed(html: str) -> None:
     coordinates = [float(number) for number in re.split("[ ,]", points)]
     assert len(coordinates) == 2 * (4 + 3 + 4 + 4)  # the stale bucket has no eager time
     assert all(0 <= number <= 640 for number in coordinates)
+
+
+def test_of_crowded_t_the_first_and_the_last_are_named_below_the_plot() -> None:
+    tokens = [1, 4, 16, 64, 256, 1024, 4096, 8192]
+    buckets = tuple(Bucket(replace(WINNER, tokens=t, time_us=1.0 + t), {}, None, "") for t in tokens)
+    plot = times_plot(Curve(H200, PROBLEM, buckets))
+    named = [int(t) for t in re.findall(r'text-anchor="middle">(\d+)<', plot)]
+    assert named == [t for t in tokens if t != 4096]
 
 
 def recorded(tmp_path: Path, content: object) -> Path:

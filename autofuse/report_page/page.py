@@ -60,6 +60,7 @@ polyline.peer3 { stroke: var(--peer3); } circle.peer3, text.peer3 { fill: var(--
 a { color: inherit; text-decoration-color: var(--line); text-underline-offset: .2em; }
 table.narrow { width: auto; font-size: 13px; } h4 { font-size: 14px; margin: .2rem 0; font-weight: 600; }
 table.narrow td, table.narrow th { padding: .15rem .7rem .15rem 0; min-width: 0; }
+table.narrow td.mono { white-space: nowrap; } td p { margin: 0; font-family: system-ui, sans-serif; }
 polyline.limit { stroke: var(--soft); stroke-dasharray: 4 4; } circle.limit { fill: none; }
 """
 
@@ -149,8 +150,9 @@ def _buckets(curve: Curve) -> str:
         row.append((f"{winner.gain:.2f}× [{winner.gain_low:.2f}, {winner.gain_high:.2f}]", "number"))
         row.append((gain_bar(winner), ""))
         row.append(("–" if share is None else f"{share:.0%}", "number"))
-        language = f" ({language_of(winner.config)}, {bucket.rival})" if bucket.rival else ""
-        row += [(_breaking(winner.config) + escape(language), "mono"), (escape(bucket.state or "fresh"), "")]
+        language = f"{language_of(winner.config)}, {bucket.rival}" if bucket.rival else ""
+        config = _breaking(winner.config) + (f'<p class="soft">{escape(language)}</p>' if language else "")
+        row += [(config, "mono"), (escape(bucket.state or "fresh"), "")]
         rows.append(row)
     return _table(heads, rows)
 
