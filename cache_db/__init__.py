@@ -20,8 +20,8 @@ from autofuse.cache_db.exchange import (
 )
 from autofuse.cache_db.faults import AbsentDatabaseError, DamagedDatabaseError
 from autofuse.cache_db.files import default_path
-from autofuse.cache_db.foreign import is_stale
 from autofuse.cache_db.garbage import KEPT_WINNERS, collect_garbage
+from autofuse.cache_db.kernels import is_stale, why_unused_here
 from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
 from autofuse.cache_db.merge import Settled
 from autofuse.cache_db.records import (
@@ -77,5 +77,6 @@ __all__ = [
     "rival_of",
     "software_changes",
     "usable_export",
+    "why_unused_here",
     "winners_digest",
 ]

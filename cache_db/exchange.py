@@ -17,7 +17,8 @@ from pathlib import Path
 
 from autofuse.cache_db.faults import AbsentDatabaseError
 from autofuse.cache_db.files import permits
-from autofuse.cache_db.foreign import Measured, check_size, is_stale, left_out
+from autofuse.cache_db.foreign import Measured, check_size, left_out
+from autofuse.cache_db.kernels import is_stale
 from autofuse.cache_db.lines import KIND_OF, Content, malformed, read_lines, write_lines
 from autofuse.cache_db.merge import Settled, merge_contents
 from autofuse.cache_db.records import Trial, Winner
