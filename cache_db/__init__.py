@@ -6,6 +6,7 @@
 DatabaseError that names it and says what to do.
 """
 
+from autofuse.cache_db.agreement import CLOSE, Agreement, Pair, agreement
 from autofuse.cache_db.difference import Difference, compare
 from autofuse.cache_db.exchange import (
     Conflict,
@@ -41,11 +42,13 @@ from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
     "BASELINE_KINDS",
+    "CLOSE",
     "KEPT_WINNERS",
     "LOOKUP_RULES",
     "STANDINGS",
     "TRIAL_STATUSES",
     "AbsentDatabaseError",
+    "Agreement",
     "Baseline",
     "Captured",
     "Conflict",
@@ -55,6 +58,7 @@ __all__ = [
     "FormerWinner",
     "ImportSummary",
     "Lookup",
+    "Pair",
     "Provenance",
     "RepairSummary",
     "Rival",
@@ -63,6 +67,7 @@ __all__ = [
     "Trial",
     "TunedDatabase",
     "Winner",
+    "agreement",
     "collect_garbage",
     "compare",
     "default_path",

@@ -147,7 +147,7 @@ def test_files_are_compared_by_what_they_say(here: TunedDatabase, there: TunedDa
     here.record_winner(replace(WINNER, tokens=1))
     found = compare(read_export(here.path), read_export(brought))
     assert [winner.tokens for winner in found.only_here] == [1]
-    assert [(mine.config, other.config) for mine, other in found.changed] == [(MINE, THEIRS)]
+    assert [(pair.a.config, pair.b.config) for pair in found.changed] == [(MINE, THEIRS)]
     assert found.rows == {"trials": (0, 1, 0), "baselines": (0, 1, 0), "winners": (1, 0, 1)}
     assert compare(read_export(there.path), read_export(brought)).empty
 
