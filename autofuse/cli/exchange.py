@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,12 +22,14 @@ from autofuse.cache_db import (
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
 from autofuse.cli.output import gain, list_winners, microseconds, print_json, print_table
 from autofuse.errors import BadInput
-from autofuse.models import model_config
+from autofuse.models import checked_config, model_config, per_rank
 from autofuse.ops import OPS, Problem
 from autofuse.ops.base import DTYPES
 from autofuse.targets import Target
 
 __all__ = ["export", "import_", "merge"]
+
+_MOST_RANKS = 1024  # that share a model's heads
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
@@ -41,7 +44,10 @@ def export(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Only what this model runs: a preset, or a path to a config.json.", metavar="MODEL"),
+        typer.Option(
+            help="Only what this model runs, on any number of ranks: a preset, or a path to a config.json.",
+            metavar="MODEL",
+        ),
     ] = None,
     winners_only: Annotated[
         bool, typer.Option("--winners-only", help="Winners and their baselines, without the trials behind them.")
@@ -169,8 +175,19 @@ def _is_gpu(target: Target, name: str) -> bool:
 
 
 def _problems(model: str) -> set[Problem]:
-    config = model_config(model)
-    return {problem for op in OPS.values() for dtype in DTYPES for problem in op.model_problems(config, dtype)}
+    """What one rank of a model runs, by whatever number of ranks its heads are shared among. Raises BadInput."""
+    config = checked_config(model_config(model), model)
+    shared = [config]
+    for tp in range(2, int(config.get("num_attention_heads") or 1) + 1):
+        with suppress(BadInput):  # so many ranks cannot share the heads equally
+            shared.append(per_rank(config, tp, model))
+    return {
+        problem
+        for op in OPS.values()
+        for dtype in DTYPES
+        for each in shared
+        for problem in op.model_problems(each, dtype)
+    }
 
 
 def _listed(counts: Mapping[str, int]) -> str:
