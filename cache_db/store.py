@@ -351,10 +351,9 @@ class TunedDatabase:
             damage = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if damage != "ok":
             raise fault(self.path, f"is damaged or cut short: {damage}", RESTORE)
-        for kind in KINDS:
-            for record in self.every(kind, candidates=True):
-                if not isinstance(record, Captured) and record.provenance:
-                    self.provenance(record.provenance)
+        records = [record for kind in KINDS for record in self.every(kind, candidates=True)]
+        for id in {record.provenance for record in records if not isinstance(record, Captured)} - {""}:
+            self.provenance(id)
         self.history()
 
     def digest(self, target: Target) -> str:

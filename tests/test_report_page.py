@@ -107,9 +107,16 @@ def test_gains_come_with_their_interval_and_times_with_their_limit(html: str) ->
     assert "2.09× [2.04, 2.14]" in html
     moved = OP.bytes_moved(PROBLEM, 1024)
     assert f"{moved / 4.8e12 / 1.03e-6:.0%}" in html
-    assert "4.8 TB/s by its data sheet" in html
-    assert "the most that a winner here reached" in html
+    assert "4.8 TB/s (by its data sheet)" in html
+    assert f"{moved / 1.03e-6 / 1e12:.3g} TB/s (the most that a winner here reached)" in html
     assert "stale: the kernel changed" in html
+
+
+def test_a_slow_memory_is_told_in_smaller_units(tmp_path: Path) -> None:
+    with TunedDatabase(tmp_path / "slow.db") as database:
+        database.record_winner(replace(WINNER, target=UNKNOWN, time_us=1e3))
+        html = html_page(gather(database, lambda winner: ""))
+    assert f"{OP.bytes_moved(PROBLEM, 64) / 1e-3 / 1e9:.3g} GB/s (the most that a winner here reached)" in html
 
 
 def test_failures_and_winners_of_before_are_listed(html: str) -> None:

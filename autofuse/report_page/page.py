@@ -125,7 +125,7 @@ def _target(target: Target, limit: Limit | None, curves: Iterable[Curve]) -> str
     if limit is not None:
         told = (
             "The limit is the speed of light: the bytes that must move ÷ the memory bandwidth, "
-            f"{limit.bytes_per_s / 1e12:.3g} TB/s {limit.source}."
+            f"{_rate(limit.bytes_per_s)} ({limit.source})."
         )
     parts = [f'<section>\n<h2>{escape(str(target))}</h2>\n<p class="soft">{escape(told)}</p>\n']
     for curve in curves:
@@ -236,6 +236,10 @@ def _us(time_us: float | None) -> str:
     if time_us is None:
         return "–"
     return f"{time_us:.2f}" if time_us < 10 else f"{time_us:.1f}" if time_us < 100 else f"{time_us:.0f}"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e12:.3g} TB/s" if bytes_per_s >= 1e12 else f"{bytes_per_s / 1e9:.3g} GB/s"
 
 
 def _shortened(text: str) -> str:
