@@ -346,8 +346,8 @@ class TunedDatabase:
         raise fault(self.path, f"holds no provenance {id!r}", "use an id that a record of this database names")
 
     def check(self, *, rows: bool = True) -> None:
-        """Reads everything; without ``rows`` only looks whether the file's pages are whole, which takes a tenth of the
-        time. Raises DatabaseError where some of it is damaged.
+        """Reads everything; without ``rows`` only looks whether the file's pages are whole, which takes a
+        fiftieth of the time. Raises DatabaseError where some of it is damaged.
         """
         with self._reading():
             damage = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
