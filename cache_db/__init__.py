@@ -6,6 +6,7 @@
 DatabaseError that names it and says what to do.
 """
 
+from autofuse.cache_db.agreement import CLOSE, Agreement, Pair, agreement
 from autofuse.cache_db.difference import Difference, compare
 from autofuse.cache_db.exchange import (
     Conflict,
@@ -20,8 +21,8 @@ from autofuse.cache_db.exchange import (
 )
 from autofuse.cache_db.faults import AbsentDatabaseError, DamagedDatabaseError
 from autofuse.cache_db.files import default_path
-from autofuse.cache_db.foreign import is_stale
 from autofuse.cache_db.garbage import KEPT_WINNERS, collect_garbage
+from autofuse.cache_db.kernels import is_stale, why_unused_here
 from autofuse.cache_db.lookup import LOOKUP_RULES, Lookup, Snapshot, explain_lookup
 from autofuse.cache_db.merge import Settled
 from autofuse.cache_db.records import (
@@ -41,11 +42,13 @@ from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
     "BASELINE_KINDS",
+    "CLOSE",
     "KEPT_WINNERS",
     "LOOKUP_RULES",
     "STANDINGS",
     "TRIAL_STATUSES",
     "AbsentDatabaseError",
+    "Agreement",
     "Baseline",
     "Captured",
     "Conflict",
@@ -55,6 +58,7 @@ __all__ = [
     "FormerWinner",
     "ImportSummary",
     "Lookup",
+    "Pair",
     "Provenance",
     "RepairSummary",
     "Rival",
@@ -63,6 +67,7 @@ __all__ = [
     "Trial",
     "TunedDatabase",
     "Winner",
+    "agreement",
     "collect_garbage",
     "compare",
     "default_path",
@@ -77,5 +82,6 @@ __all__ = [
     "rival_of",
     "software_changes",
     "usable_export",
+    "why_unused_here",
     "winners_digest",
 ]

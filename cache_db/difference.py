@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autofuse.cache_db.agreement import Pair, pairs
 from autofuse.cache_db.lines import Content
 from autofuse.cache_db.records import Winner
 from autofuse.cache_db.rows import TABLE_OF, key_of
-from autofuse.targets.base import Target
 
 __all__ = ["Difference", "compare"]
 
@@ -19,13 +19,13 @@ class Difference:
 
     Attributes:
         only_here, only_there: winners of buckets that only one of them has.
-        changed: (here, there), winners of one bucket that differ in more than when and where they were measured.
+        both: the winners of each bucket that both have.
         rows: table → (rows only here, rows only there, rows that differ).
     """
 
     only_here: Sequence[Winner]
     only_there: Sequence[Winner]
-    changed: Sequence[tuple[Winner, Winner]]
+    both: Sequence[Pair]
     rows: dict[str, tuple[int, int, int]]
 
     @property
@@ -33,31 +33,35 @@ class Difference:
         return not any(any(counts) for counts in self.rows.values())
 
     @property
-    def targets(self) -> list[Target]:
-        winners = [*self.only_here, *self.only_there, *(here for here, _ in self.changed)]
-        return sorted({winner.target for winner in winners}, key=str)
+    def changed(self) -> list[Pair]:
+        """Those of ``both`` that differ in more than when and where they were measured."""
+        return [pair for pair in self.both if _facts(pair.a) != _facts(pair.b)]
 
 
 def compare(here: Content, there: Content) -> Difference:
     """How two files differ. When a row was measured, and by which driver, counts only in ``rows``."""
     ours, theirs = ({(type(r), *key_of(r).values()): r for r in content.records} for content in (here, there))
     rows: dict[str, list[int]] = {table: [0, 0, 0] for table in TABLE_OF.values() if table != "captured"}
-    only_here, only_there, changed = [], [], []
-    for key in sorted({*ours, *theirs}, key=str):
+    only_here, only_there = [], []
+    for key in {**ours, **theirs}:
         mine, other = ours.get(key), theirs.get(key)
         column = 0 if other is None else 1 if mine is None else 2
         record = mine or other
         if record is None or mine == other:
             continue
         rows[TABLE_OF[type(record)]][column] += 1
-        if isinstance(mine, Winner) and isinstance(other, Winner):
-            if _facts(mine) != _facts(other):
-                changed.append((mine, other))
-        elif isinstance(mine, Winner):
+        if isinstance(mine, Winner) and other is None:
             only_here.append(mine)
-        elif isinstance(other, Winner):
+        elif isinstance(other, Winner) and mine is None:
             only_there.append(other)
-    return Difference(only_here, only_there, changed, {table: (a, b, c) for table, (a, b, c) in rows.items()})
+    counts = {table: (a, b, c) for table, (a, b, c) in rows.items()}
+    only_here.sort(key=_bucket)
+    only_there.sort(key=_bucket)
+    return Difference(only_here, only_there, pairs(here, there), counts)
+
+
+def _bucket(winner: Winner) -> tuple[str, str, int]:
+    return str(winner.target), str(winner.problem), winner.tokens
 
 
 def _facts(winner: Winner) -> tuple[object, ...]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from autofuse.cache_db.faults import AbsentDatabaseError
 from autofuse.cache_db.files import permits
-from autofuse.cache_db.foreign import Measured, check_size, is_stale, left_out
+from autofuse.cache_db.foreign import Measured, check_size, left_out
+from autofuse.cache_db.kernels import is_stale
 from autofuse.cache_db.lines import KIND_OF, Content, malformed, read_lines, write_lines
 from autofuse.cache_db.merge import Settled, merge_contents
 from autofuse.cache_db.records import Trial, Winner
@@ -305,7 +306,8 @@ def _fetched(source: Path | str) -> Iterator[Path]:
     try:
         import fsspec
     except ImportError:
-        raise BadInput(f"cannot import {source}: URLs need fsspec; `pip install fsspec`, or fetch the file") from None
+        needed = "`pip install 'fsspec[http]'`"
+        raise BadInput(f"cannot import {source}: URLs need fsspec; {needed}, or fetch the file") from None
     with tempfile.TemporaryDirectory(prefix="autofuse-import-") as folder:
         copy = Path(folder) / (Path(source.partition("?")[0]).name or "export")
         try:
@@ -316,9 +318,17 @@ def _fetched(source: Path | str) -> Iterator[Path]:
         except BadInput:
             raise
         except Exception as error:  # whatever a file system behind fsspec raises
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadInput(f"cannot import {source}: {reason}; check the URL, or fetch the file") from None
+            remedy = "install that" if isinstance(error, ImportError) else "check the URL"
+            raise BadInput(f"cannot import {source}: {_reason(error, source)}; {remedy}, or fetch the file") from None
         yield copy
+
+
+def _reason(error: BaseException, source: str) -> str:
+    """What went wrong, in one line; of an error that only repeats the URL, by what caused it."""
+    text = " ".join(str(error).split())
+    if text not in ("", source):
+        return text
+    return _reason(error.__cause__, source) if error.__cause__ else type(error).__name__
 
 
 def _gather(

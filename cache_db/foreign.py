@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from autofuse.cache_db.kernels import is_stale
 from autofuse.cache_db.records import Baseline, Trial, Winner, parse_time
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import OPS
@@ -25,7 +26,6 @@ __all__ = [
     "check_objects",
     "check_size",
     "check_text",
-    "is_stale",
     "left_out",
 ]
 
@@ -108,15 +108,6 @@ def left_out(record: Measured) -> str | None:
     if why and record.target.kind != "cpu" and not isinstance(record, Baseline) and not is_stale(record):
         raise BadInput(why)
     return why
-
-
-def is_stale(record: Measured) -> bool:
-    """Whether a row is of another version of its kernel than the one that is here. A baseline is of none."""
-    if isinstance(record, Baseline):
-        return False
-    op = OPS.get(record.problem.op)
-    kind = record.target.kind
-    return op is None or kind not in op.kernels or op.source_hash(kind, record.config) != record.source_hash
 
 
 def check_objects(connection: sqlite3.Connection, ours: Iterable[tuple[str, str, str]]) -> None:

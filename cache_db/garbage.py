@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autofuse.cache_db.foreign import is_stale
+from autofuse.cache_db.kernels import is_stale
 from autofuse.cache_db.records import Trial, Winner
 from autofuse.cache_db.rows import TABLE_OF
 from autofuse.cache_db.store import TunedDatabase

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from autofuse.cache_db.faults import AbsentDatabaseError
 from autofuse.cache_db.files import default_path, lower_paths
+from autofuse.cache_db.kernels import NO_TRITON, STALE, why_unused
 from autofuse.cache_db.layer import InMemory, OnDisk, open_layer
 from autofuse.cache_db.records import Winner
 from autofuse.errors import BadInput, DatabaseError
@@ -136,17 +137,21 @@ class Snapshot:
 
     def own_buckets(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's fresh winners in this database alone, by tokens. Raises DatabaseError."""
-        fresh = (winner for winner in self._of(problem) if winner.source_hash in source_hashes)
-        return [winner for winner in fresh if winner.standing != "candidate"]
+        return [winner for winner in self._usable(problem, source_hashes) if winner.standing != "candidate"]
 
     def candidates(self, problem: Problem, *source_hashes: str) -> list[Winner]:
         """The problem's imported winners that are not measured here, by tokens. Raises DatabaseError."""
-        fresh = (winner for winner in self._of(problem) if winner.source_hash in source_hashes)
-        return [winner for winner in fresh if winner.standing == "candidate"]
+        return [winner for winner in self._usable(problem, source_hashes) if winner.standing == "candidate"]
 
-    def stale(self, problem: Problem, *source_hashes: str) -> list[Winner]:
-        """The problem's winners that were measured with another version of the kernel, by tokens."""
-        return [winner for winner in self._of(problem) if winner.source_hash not in source_hashes]
+    def unused(self, problem: Problem, *source_hashes: str) -> dict[str, list[Winner]]:
+        """The problem's winners that answer nothing because of their kernels, each list by tokens, by ``why_unused``:
+        those of another version of the kernel, and those in Triton where that is not used.
+        """
+        found: dict[str, list[Winner]] = {}
+        for winner in self._of(problem):
+            if why := why_unused(winner, source_hashes):
+                found.setdefault(why, []).append(winner)
+        return found
 
     def elsewhere(self, problem: Problem, *source_hashes: str) -> dict[Target, list[Winner]]:
         """The problem's fresh winners on other GPUs of the same arch, by tokens. Raises DatabaseError."""
@@ -155,6 +160,9 @@ class Snapshot:
             if winner.target != self.target and winner.source_hash in source_hashes:
                 found.setdefault(winner.target, []).append(winner)
         return found
+
+    def _usable(self, problem: Problem, source_hashes: tuple[str, ...]) -> Iterator[Winner]:
+        return (winner for winner in self._of(problem) if why_unused(winner, source_hashes) is None)
 
     def _of(self, problem: Problem) -> Iterator[Winner]:
         return (winner for winner in self._read(problem) if winner.target == self.target)
@@ -172,10 +180,11 @@ class Snapshot:
         (``nearest``); a range by every bucket that serves some T in it (``range``). Outside of what was tuned, winners
         answer no further than ``within_reach`` says: beyond, the rule is ``untuned`` and the reason names the T to
         tune at. Winners of none of ``source_hashes``, which are those of the op's present kernels, one for each
-        language, are passed over; where there are no others the rule is ``stale``, and without any ``untuned``;
-        ``candidate`` where another machine's are, which decide nothing. Where this database has no winner that answers,
-        those below are asked in turn. Where none has, but for another GPU of the same arch one has, the rule is
-        ``same_arch``, which decides nothing either. The same question is answered from memory.
+        language, are passed over (``why_unused``); where there are no others the rule is ``stale``, or ``untuned`` if
+        they are of a language that is not used here, and without any ``untuned``; ``candidate`` where another machine's
+        are, which decide nothing. Where this database has no winner that answers, those below are asked in turn. Where
+        none has, but for another GPU of the same arch one has, the rule is ``same_arch``, which decides nothing either.
+        The same question is answered from memory.
 
         Raises BadInput for a range that is none, DatabaseError.
         """
@@ -237,12 +246,20 @@ class Snapshot:
                 f"{problem} was imported for {_tokens(candidates)} on {self.target}, but not measured here: run "
                 "`autofuse tune`, or import it with --trust",
             )
-        if stale := self.stale(problem, *source_hashes):
+        unused = self.unused(problem, *source_hashes)
+        if stale := unused.get(STALE):
             return Lookup(
                 "stale",
                 (),
                 f"{problem} was tuned at {_tokens(stale)} on {self.target} with another version of its kernel: "
                 "run `autofuse tune` again",
+            )
+        if in_triton := unused.get(NO_TRITON):
+            return Lookup(
+                "untuned",
+                (),
+                f"{problem} was tuned at {_tokens(in_triton)} on {self.target} with a kernel in Triton, which is not "
+                "used here: `autofuse doctor` says why, and `autofuse tune` measures the one in C++",
             )
         return Lookup("untuned", (), f"{problem} was never tuned on {self.target}: run `autofuse tune`")
 
@@ -300,9 +317,13 @@ def explain_lookup(
         for target, there in layer.elsewhere(problem, *source_hashes).items():
             lines.append(f"same arch: {_tokens(there)} on {target}, not measured here")
             lines += [f"  T={winner.tokens}: {winner.config}: {_figures(winner)}" for winner in there]
-        for winner in layer.stale(problem, *source_hashes):
-            source = winner.source_hash[:12]
-            lines.append(f"stale: T={winner.tokens}, measured {winner.measured_at} with source {source}")
+        for why, winners in layer.unused(problem, *source_hashes).items():
+            lines.append(why)
+            lines += [
+                f"  T={winner.tokens}: {winner.config}, measured {winner.measured_at} with source "
+                f"{winner.source_hash[:12]}"
+                for winner in winners
+            ]
     lines += [f"rule: {answer.rule}", f"answer: {answer.reason}"]
     for winner in answer.winners:
         verdict = "beats" if winner.beats_baseline else "does not beat"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from autofuse.cache_db.foreign import Measured, is_stale
+from autofuse.cache_db.foreign import Measured
+from autofuse.cache_db.kernels import is_stale
 from autofuse.cache_db.lines import KIND_OF, Content
 from autofuse.cache_db.records import Trial, Winner
 from autofuse.cache_db.rows import key_of, to_row

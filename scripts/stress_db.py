@@ -5,6 +5,9 @@ database, files that were overwritten. Exit code 1 if there is one.
 
     python scripts/stress_db.py                 # all of it: a few minutes
     python scripts/stress_db.py --copies 100 --kills 20 --compiles 3
+
+Copies are damaged, and processes killed, in several processes side by side (--jobs), each with a file of its own.
+benchmarks/cpu/database_stress.json is what docs/database.md shows; scripts/database_tables.py --markdown puts it there.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import sqlite3
@@ -22,10 +27,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -38,6 +45,8 @@ from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import Settings
 from autofuse.ops import Config, get_op
 from autofuse.targets import target_of
+from bench.machine import machine_facts, usable_cores
+from bench.progress import Progress
 
 __all__ = ["Outcome", "compiled_copies", "corrupted_copies", "kills", "unprivileged", "writers"]
 
@@ -76,22 +85,26 @@ def winner(tokens: int) -> Winner:
 
 def writers(folder: Path, processes: int, rows: int) -> Outcome:
     """Processes that make one database and write into it at once: every row must be there."""
-    outcome, path = Outcome(f"{processes} writers × {rows} rows"), folder / "written.db"
+    outcome, path = Outcome(f"{processes} processes write {rows:,} rows each into one new file"), folder / "written.db"
 
     def write(number: int, committed: int) -> None:
         with TunedDatabase(path, busy_timeout_s=600.0) as database:
             for row in range(rows):
                 database.record_trial(trial(row, number))
+                os.write(committed, b".")
 
     children = [_forked(lambda committed, number=number: write(number, committed)) for number in range(processes)]
+    _end(children, Progress("rows", processes * rows))
     for child in children:
-        if _ended(child):
+        if child.code:
             outcome.faults.append(f"a writer ended with exit code {child.code}")
+        if child.committed != rows:
+            outcome.faults.append(f"a writer committed {child.committed} of {rows} rows")
     with TunedDatabase(path, read_only=True) as database:
         database.check()
-        outcome.counts["rows"] = len(database.every(Trial))
-    if outcome.counts["rows"] != processes * rows:
-        outcome.faults.append(f"{processes * rows - outcome.counts['rows']} rows are gone")
+        outcome.counts["rows that are there"] = len(database.every(Trial))
+    if outcome.counts["rows that are there"] != processes * rows:
+        outcome.faults.append(f"{processes * rows - outcome.counts['rows that are there']} rows are gone")
     return outcome
 
 
@@ -218,29 +231,32 @@ DAMAGE: dict[str, tuple[Callable[[Path, random.Random], None], Callable[[Path], 
 }
 
 
-def corrupted_copies(folder: Path, copies: int, seed: int = 0) -> Outcome:
+def corrupted_copies(folder: Path, copies: int, seed: int = 0, jobs: int = 1) -> Outcome:
     """What ``torch.compile`` asks of the database, asked of damaged copies: no exception, and no byte of them lost."""
-    outcome, original = Outcome(f"{copies} corrupted copies"), sound(folder)
-    for number in range(copies):
-        kind = [*DAMAGE][number % len(DAMAGE)]
-        chance = random.Random(f"{seed}:{number}")
-        with _damaged(folder, original, kind, chance) as path:
-            before = _held(path)
-            try:
-                fused = _ask(path)
-                outcome.counts["fused" if fused else "left unfused"] += 1
-            except BaseException as error:
-                outcome.faults.append(f"copy {number} ({kind}): {type(error).__name__}: {error}")
-                continue
-            # Where the file can be written, a site was noted in it; nothing that was there before may be gone.
-            if not before <= _held(path):
-                outcome.faults.append(f"copy {number} ({kind}): it was overwritten")
+    outcome = Outcome(f"{copies:,} damaged copies asked")
+    for count, fault in _side_by_side(partial(_corrupted_copy, folder, sound(folder), seed), copies, jobs, "copies"):
+        outcome.counts += count
+        outcome.faults += fault
     return outcome
+
+
+def _corrupted_copy(folder: Path, original: Path, seed: int, number: int) -> tuple[Counter[str], list[str]]:
+    kind = [*DAMAGE][number % len(DAMAGE)]
+    with _damaged(folder, original, kind, random.Random(f"{seed}:{number}")) as path:
+        before = _held(path)
+        try:
+            fused = _ask(path)
+        except BaseException as error:
+            return Counter(), [f"copy {number} ({kind}): {type(error).__name__}: {error}"]
+        # Where the file can be written, a site was noted in it; nothing that was there before may be gone.
+        lost = [] if before <= _held(path) else [f"copy {number} ({kind}): it was overwritten"]
+    return Counter(["fused" if fused else "left unfused"]), lost
 
 
 def compiled_copies(folder: Path, copies: int, seed: int = 0) -> Outcome:
     """A model compiled with damaged copies: it must give what it gives unfused, with a warning at most."""
-    outcome, original = Outcome(f"{copies} models compiled with corrupted copies"), sound(folder)
+    outcome, original = Outcome(f"{copies:,} models compiled with damaged copies"), sound(folder)
+    progress = Progress("models", copies)
     warnings, logger = _Counting(), logging.getLogger("autofuse")
     level, propagate = logger.level, logger.propagate
     logger.addHandler(warnings)
@@ -269,6 +285,7 @@ def compiled_copies(folder: Path, copies: int, seed: int = 0) -> Outcome:
             if warnings.count > 1:
                 outcome.faults.append(f"{kind}: {warnings.count} warnings")
             outcome.counts["warnings"] += warnings.count
+            progress.advance()
     logger.removeHandler(warnings)
     logger.setLevel(level)
     logger.propagate = propagate
@@ -346,24 +363,28 @@ def _ask(path: Path) -> bool:
 # Killed processes
 
 
-def kills(folder: Path, count: int, seed: int = 0) -> Outcome:
+def kills(folder: Path, count: int, seed: int = 0, jobs: int = 1) -> Outcome:
     """Processes killed while they write, import and upgrade: what was committed is there, and nothing by half."""
-    outcome, chance = Outcome(f"{count} × kill -9"), random.Random(seed)
+    outcome = Outcome(f"{count:,} × kill -9")
     source = folder / "source.db"
     with TunedDatabase(source) as database, database.transaction():
         for tokens in range(1, 400):
             database.record_winner(winner(tokens))
         export_database(database, folder / "source.jsonl")
-    old = _old(folder)
-    for number in range(count):
-        kind, check = (("write", _kill_write), ("import", _kill_import), ("migration", _kill_migration))[number % 3]
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            life_s = chance.random() * LONGEST_LIFE_S[kind]
-            try:
-                outcome.counts[check(Path(name), folder, old, life_s)] += 1
-            except Exception as error:
-                outcome.faults.append(f"kill {number} during {kind}: {type(error).__name__}: {error}")
+    for counts, faults in _side_by_side(partial(_kill, folder, _old(folder), seed), count, jobs, "kills"):
+        outcome.counts += counts
+        outcome.faults += faults
     return outcome
+
+
+def _kill(shared: Path, old: Path, seed: int, number: int) -> tuple[Counter[str], list[str]]:
+    kind, check = (("write", _kill_write), ("import", _kill_import), ("migration", _kill_migration))[number % 3]
+    with tempfile.TemporaryDirectory(dir=shared) as name:
+        life_s = random.Random(f"{seed}:{number}").random() * LONGEST_LIFE_S[kind]
+        try:
+            return Counter([check(Path(name), shared, old, life_s)]), []
+        except Exception as error:
+            return Counter(), [f"kill {number} during {kind}: {type(error).__name__}: {error}"]
 
 
 def _old(folder: Path) -> Path:
@@ -474,21 +495,52 @@ def _forked(work: Callable[[int], None]) -> _Child:
     return _Child(pid, reading)
 
 
-def _ended(child: _Child) -> int:
-    while told := os.read(child.pipe, 1 << 16):
-        child.committed += len(told)
-    os.close(child.pipe)
-    child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-    return child.code
+def _end(children: Iterable[_Child], progress: Progress | None = None) -> None:
+    """Waits for processes to end, and counts the commits that they were told of."""
+    told_by = {child.pipe: child for child in children}
+    while told_by:
+        for pipe in select.select([*told_by], [], [], 5.0)[0]:
+            told, child = len(os.read(pipe, 1 << 16)), told_by[pipe]
+            child.committed += told
+            if progress:
+                progress.advance(told)
+            if not told:
+                os.close(pipe)
+                child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+                del told_by[pipe]
+        if progress:
+            progress.advance(0)
 
 
 def _killed(work: Callable[[int], None], life_s: float) -> _Child:
     child = _forked(work)
     time.sleep(life_s)
     os.kill(child.pid, signal.SIGKILL)
-    if _ended(child) not in (0, -signal.SIGKILL):
+    _end([child])
+    if child.code not in (0, -signal.SIGKILL):
         raise AssertionError(f"it ended by itself, with exit code {child.code}")
     return child
+
+
+Answer = TypeVar("Answer")
+
+
+def _side_by_side(work: Callable[[int], Answer], count: int, jobs: int, what: str) -> Iterator[Answer]:
+    """``work`` of 0 to ``count`` - 1, in that order; with several ``jobs``, in as many processes."""
+    progress = Progress(what, count)
+    if jobs == 1:
+        for number in range(count):
+            yield work(number)
+            progress.advance()
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        answers = pool.imap(work, range(count))
+        while progress.done < count:
+            try:
+                yield answers.next(timeout=5.0)
+                progress.advance()
+            except multiprocessing.TimeoutError:
+                progress.advance(0)
 
 
 def main() -> int:
@@ -498,17 +550,18 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=1000, help="corrupted copies to look something up in")
     parser.add_argument("--compiles", type=int, default=20, help="corrupted copies to compile a model with")
     parser.add_argument("--kills", type=int, default=200, help="processes to kill")
+    parser.add_argument("--jobs", type=int, default=max(1, usable_cores() // 2), help="processes side by side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the outcomes here")
     args = parser.parse_args()
     logging.getLogger("autofuse").setLevel(logging.ERROR)
-    outcomes = []
+    facts, outcomes = machine_facts(), []
     with tempfile.TemporaryDirectory(prefix="autofuse-stress-") as name:
         os.chmod(name, 0o755)
         for stress in (
             lambda folder: writers(folder, args.writers, args.rows),
-            lambda folder: kills(folder, args.kills, args.seed),
-            lambda folder: corrupted_copies(folder, args.copies, args.seed),
+            lambda folder: kills(folder, args.kills, args.seed, args.jobs),
+            lambda folder: corrupted_copies(folder, args.copies, args.seed, args.jobs),
             lambda folder: compiled_copies(folder, args.compiles, args.seed),
         ):
             with tempfile.TemporaryDirectory(dir=name) as folder:
@@ -517,11 +570,12 @@ def main() -> int:
                 outcome = stress(Path(folder))
                 outcome.seconds = round(time.perf_counter() - begin, 1)
             outcomes.append(outcome)
-            print(f"{outcome.name}: {len(outcome.faults)} faults, {outcome.seconds} s")
+            print(f"{outcome.name}: {len(outcome.faults)} faults, {outcome.seconds} s", flush=True)
             for line in (*(f"{what}: {count}" for what, count in sorted(outcome.counts.items())), *outcome.faults[:20]):
                 print(f"  {line}")
     if args.json:
-        args.json.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+        content = {**facts, "outcomes": [vars(outcome) for outcome in outcomes]}
+        args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if any(outcome.faults for outcome in outcomes) else 0
 
 

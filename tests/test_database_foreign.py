@@ -6,12 +6,16 @@ import json
 import os
 import resource
 import sqlite3
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -31,7 +35,8 @@ from autofuse.cache_db import (
 )
 from autofuse.cli.app import run
 from autofuse.errors import AutofuseError, BadInput
-from autofuse.ops import get_op
+from autofuse.models import PRESETS, per_rank
+from autofuse.ops import OPS, get_op
 from autofuse.targets.base import Target
 
 H200 = Target("cuda", "sm_90a", "NVIDIA H200")
@@ -136,6 +141,44 @@ def test_a_url_is_fetched_first(here: TunedDatabase, brought: Path) -> None:
         import_into(here, "nosuch://host/tuned.jsonl")
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The URL of a web server that has the files of ``tmp_path``."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "db"])
+def test_a_web_server_has_it(
+    suffix: str, here: TunedDatabase, there: TunedDatabase, server: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("aiohttp")
+    export_database(there, tmp_path / f"brought.{suffix}")
+    assert preview_import(here.path, f"{server}/brought.{suffix}?raw=1").new["winners"] == 1
+    assert import_into(here, f"{server}/brought.{suffix}").new["winners"] == 1
+    with pytest.raises(BadInput, match=rf"cannot import {server}/absent\.{suffix}: .*404.*; check the URL"):
+        import_into(here, f"{server}/absent.{suffix}")
+
+
+def test_a_url_whose_file_system_is_not_installed_says_what_to_install(
+    here: TunedDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    def absent(*_: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", absent)
+    with pytest.raises(BadInput, match=r"cannot import s3://b/x.db: Install s3fs to access S3; install that, or fetch"):
+        import_into(here, "s3://b/x.db")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(BadInput, match=r"URLs need fsspec; `pip install 'fsspec\[http\]'`, or fetch the file"):
+        import_into(here, "s3://b/x.db")
+
+
 def test_winners_alone_bring_the_baselines_that_they_are_compared_with(there: TunedDatabase, tmp_path: Path) -> None:
     there.record(Baseline(H200, PROBLEM, 1, "compile", 2.0, 0.1))
     done = export_database(there, tmp_path / "winners.db", winners_only=True)
@@ -147,7 +190,7 @@ def test_files_are_compared_by_what_they_say(here: TunedDatabase, there: TunedDa
     here.record_winner(replace(WINNER, tokens=1))
     found = compare(read_export(here.path), read_export(brought))
     assert [winner.tokens for winner in found.only_here] == [1]
-    assert [(mine.config, other.config) for mine, other in found.changed] == [(MINE, THEIRS)]
+    assert [(pair.a.config, pair.b.config) for pair in found.changed] == [(MINE, THEIRS)]
     assert found.rows == {"trials": (0, 1, 0), "baselines": (0, 1, 0), "winners": (1, 0, 1)}
     assert compare(read_export(there.path), read_export(brought)).empty
 
@@ -344,6 +387,12 @@ def test_the_command_line_exports_by_device_and_model(
 
     assert winners("--gpu", "h200") == winners("--model", "deepseek-v3") == winners("--winners-only") == 1
     assert winners("--model", "llama-3-8b") == 0
+    shared = OPS["mla_rope_kv_cache_cat"].model_problems(per_rank(PRESETS["deepseek-v3"], 8, "deepseek-v3"), "bf16")
+    for problem in shared:
+        config = OPS[problem.op].default_config("cuda", problem, 64)
+        source = OPS[problem.op].source_hash("cuda")
+        there.record(replace(FOREIGN, problem=problem, config=config, source_hash=source))
+    assert winners("--model", "deepseek-v3") == 1 + len(shared) > 1
     assert run(["export", str(tmp_path / "out.jsonl"), "--gpu", "MI300X", *out]) == 2
     assert "no device in" in capsys.readouterr().err
 

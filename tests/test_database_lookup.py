@@ -353,7 +353,15 @@ def test_why_is_told_step_by_step() -> None:
     told = "\n".join(
         explain_lookup(snapshot(winner(64), noisy, winner(1, source_hash="old")), PROBLEM, 100, 100, "abc")
     )
-    for step in ("tuned.db", str(H200), str(PROBLEM), "tuned: T=64, 2048", "stale: T=1", "rule: between"):
+    for step in (
+        "tuned.db",
+        str(H200),
+        str(PROBLEM),
+        "tuned: T=64, 2048",
+        "stale: the kernel changed",
+        "  T=1: ",
+        "rule: between",
+    ):
         assert step in told
     assert "T=2048 does not beat compile by more than the noise: 1.01×, 95 % between 0.970× and 1.050×" in told
     assert told.endswith("faster here: no")

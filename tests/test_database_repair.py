@@ -122,6 +122,16 @@ def test_doctor_repairs_only_what_is_damaged(path: Path, capsys: pytest.CaptureF
     assert run(["doctor", "--repair", "--database", str(path.with_name("absent.db"))]) == 2
 
 
+def test_doctor_finds_damage_in_pages_that_winners_do_not_need(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["doctor", "--database", str(path)])
+    assert f"ok  database: {path}: 1 winners" in capsys.readouterr().out
+    spoil(path, page_of(path, "trials"))
+    assert run(["doctor", "--database", str(path)]) == 1
+    text = capsys.readouterr().out
+    assert f"no  database: {path} cannot be used" in text
+    assert "`autofuse doctor --repair` saves what can be read" in text
+
+
 @pytest.mark.parametrize("released", SCHEMAS, ids=lambda path: path.stem)
 def test_every_released_schema_is_brought_up_to_date_and_kept_beside(tmp_path: Path, released: Path) -> None:
     path = Path(shutil.copyfile(released, tmp_path / "tuned.db"))

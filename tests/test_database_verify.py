@@ -322,7 +322,7 @@ def test_the_command_checks_what_this_machine_can_and_says_so_by_its_exit_code(
     assert run([*arguments, "--marked"]) == 0
     told = capsys.readouterr()
     assert "1 agrees" in told.out
-    assert "1 stale winners were left out" in told.out
+    assert "1 left out, stale: the kernel changed: `autofuse tune`" in told.out
     assert "T=8: agrees: 2.00× [" in told.err
     assert "T=4" not in told.err
     put(database, standing="trusted", gain=9.0, gain_low=8.9, gain_high=9.1)
@@ -332,7 +332,7 @@ def test_the_command_checks_what_this_machine_can_and_says_so_by_its_exit_code(
         ("disputed", 4),
         ("agrees", 8),
     ]
-    assert facts["stale"] == 1
+    assert facts["left_out"] == {"stale: the kernel changed": 1}
 
 
 def test_the_command_refuses_what_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import database_tables
 from autofuse.cli.app import app
 from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.settings import LEVELS, UNTUNED
@@ -84,6 +85,33 @@ def test_gains_are_the_least_and_the_most_of_each_range() -> None:
 def test_fusions_that_share_an_op_are_told_apart_by_their_problems() -> None:
     alone, normed = (Problem.parse(f"fp8_group_quant(dtype=bf16,width=64,norm={norm})") for norm in (0, 1))
     assert (flags_of(alone), flags_of(normed)) == (["fuse_quant"], ["fuse_norm_quant"])
+
+
+def test_the_databases_figures_are_those_of_the_committed_benchmarks() -> None:
+    document = page("database.md")
+    tables = database_tables.recorded("database_lookup"), database_tables.recorded("database_stress")
+    assert database_tables.with_tables(document, *tables) == document, "run scripts/database_tables.py --markdown"
+
+
+def test_the_databases_tables_have_a_row_for_each_size_and_each_stress() -> None:
+    facts = {
+        "cpu": "A (2 threads)",
+        "load": 0.1,
+        "python": "3.12",
+        "sqlite": "3.40",
+        "measured_at": "2026-01-02T03:04:05Z",
+    }
+    times = {"first_us": 4200.0, "first_best_us": 4100.0, "other_us": 2000.0, "other_best_us": 1900.0}
+    lookup = {
+        **facts,
+        "rows": [{"winners": 100_000, "bytes": 3 << 20, **times, "again_us": 0.5, "again_best_us": 0.44}],
+    }
+    text = database_tables.lookup_table(lookup)
+    assert text.startswith("A (2 threads), load 0.1 at the start, Python 3.12, SQLite 3.40, measured 2026-01-02:\n")
+    assert table(text, "winners") == [["100,000", "3.0", "4.20 (4.10)", "2.00 (1.90)", "0.50 (0.44)"]]
+    outcomes = [{"name": "kills", "faults": ["a row is gone"], "counts": {"write": 1200, "import": 3}, "seconds": 61.4}]
+    rows = table(database_tables.stress_table({**facts, "outcomes": outcomes}), "stress")
+    assert rows == [["kills", "1", "import: 3; write: 1,200", "61"]]
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)

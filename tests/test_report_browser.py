@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
@@ -19,12 +18,12 @@ from autofuse.ops import get_op
 from autofuse.report_page import Peers, gather, html_page
 from autofuse.targets import Target
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+BROWSERS = ("chromium-headless-shell", "chrome-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = os.environ.get("AUTOFUSE_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
 WIDTH, HEIGHT = 1100, 1400  # pixels
 FUSED, GREEN, PEER = (0x11, 0x70, 0x3D), (0xDD, 0xF3, 0xE5), (0x1B, 0x62, 0xB5)  # of the page's light style
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a headless browser: apt-get install chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium-headless-shell")
 
 H200 = Target("cuda", "sm_90a", "NVIDIA H200")
 OP = get_op("mla_dual_rms_norm")
@@ -36,14 +35,16 @@ CONFIG = OP.default_config("cuda", PROBLEM, 64)
 def open_page(page: Path, tmp_path: Path, *options: str) -> str:
     """What the browser prints of a page, with scripts off. It draws the page in ``WIDTH`` × ``HEIGHT``."""
     assert BROWSER is not None
-    profile = tmp_path / "profile"
-    (profile / "Default").mkdir(parents=True, exist_ok=True)
-    blocked = {"profile": {"default_content_setting_values": {"javascript": 2}}}
-    (profile / "Default" / "Preferences").write_text(json.dumps(blocked), encoding="utf-8")
-    command = [BROWSER, "--headless=new", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    without = tmp_path / "without_scripts.html"
+    html, head = page.read_text(encoding="utf-8"), "<head>"
+    assert head in html
+    policy = """<meta http-equiv="Content-Security-Policy" content="script-src 'none'">"""
+    without.write_text(html.replace(head, f"{head}{policy}", 1), encoding="utf-8")
+    command = [BROWSER, "--headless=new", "--disable-gpu", "--hide-scrollbars"]
+    command.append(f"--user-data-dir={tmp_path / 'profile'}")
     command += [f"--window-size={WIDTH},{HEIGHT}", "--disable-background-networking", "--no-first-run", *options]
     command += ["--no-sandbox"] * (os.geteuid() == 0)  # which it has not for root
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, without.as_uri()], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -104,7 +105,8 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_scripts_are_off_in_these_tests(page: Path, tmp_path: Path) -> None:
-    page.write_text("<p id='x'>still</p><script>document.getElementById('x').textContent = 'ran'</script>")
+    script = "document.getElementById('x').textContent = 'ran'"
+    page.write_text(f"<head></head><p id='x'>still</p><script>{script}</script>", encoding="utf-8")
     assert "still</p>" in open_page(page, tmp_path, "--dump-dom")
 
 

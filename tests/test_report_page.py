@@ -14,7 +14,8 @@ import pytest
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
 from autofuse.cli.app import run
 from autofuse.ops import Config, get_op
-from autofuse.report_page import gather, html_page, load_peers
+from autofuse.report_page import Bucket, Curve, gather, html_page, load_peers
+from autofuse.report_page.plot import times_plot
 from autofuse.report_page.worth import worths
 from autofuse.targets import Target
 
@@ -106,9 +107,16 @@ def test_gains_come_with_their_interval_and_times_with_their_limit(html: str) ->
     assert "2.09× [2.04, 2.14]" in html
     moved = OP.bytes_moved(PROBLEM, 1024)
     assert f"{moved / 4.8e12 / 1.03e-6:.0%}" in html
-    assert "4.8 TB/s by its data sheet" in html
-    assert "the most that a winner here reached" in html
+    assert "4.8 TB/s (by its data sheet)" in html
+    assert f"{moved / 1.03e-6 / 1e12:.3g} TB/s (the most that a winner here reached)" in html
     assert "stale: the kernel changed" in html
+
+
+def test_a_slow_memory_is_told_in_smaller_units(tmp_path: Path) -> None:
+    with TunedDatabase(tmp_path / "slow.db") as database:
+        database.record_winner(replace(WINNER, target=UNKNOWN, time_us=1e3))
+        html = html_page(gather(database, lambda winner: ""))
+    assert f"{OP.bytes_moved(PROBLEM, 64) / 1e-3 / 1e9:.3g} GB/s (the most that a winner here reached)" in html
 
 
 def test_failures_and_winners_of_before_are_listed(html: str) -> None:
@@ -124,6 +132,14 @@ def test_a_plot_has_a_line_for_each_thing_that_was_timed(html: str) -> None:
     coordinates = [float(number) for number in re.split("[ ,]", points)]
     assert len(coordinates) == 2 * (4 + 3 + 4 + 4)  # the stale bucket has no eager time
     assert all(0 <= number <= 640 for number in coordinates)
+
+
+def test_of_crowded_t_the_first_and_the_last_are_named_below_the_plot() -> None:
+    tokens = [1, 4, 16, 64, 256, 1024, 4096, 8192]
+    buckets = tuple(Bucket(replace(WINNER, tokens=t, time_us=1.0 + t), {}, None, "") for t in tokens)
+    plot = times_plot(Curve(H200, PROBLEM, buckets))
+    named = [int(t) for t in re.findall(r'text-anchor="middle">(\d+)<', plot)]
+    assert named == [t for t in tokens if t != 4096]
 
 
 def recorded(tmp_path: Path, content: object) -> Path:

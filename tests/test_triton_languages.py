@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
 
-from autofuse.cache_db import Snapshot, Trial, TunedDatabase, Winner, is_stale, rival_of
+from autofuse.cache_db import Snapshot, Trial, TunedDatabase, Winner, explain_lookup, is_stale, rival_of
+from autofuse.cache_db.kernels import NO_TRITON, STALE
 from autofuse.cli.app import run
 from autofuse.errors import UnsuitedPlan
 from autofuse.ops import Config, get_op
@@ -162,6 +165,50 @@ def test_without_triton_only_the_cpp_winners_answer() -> None:
     hashes = NORMS.source_hashes("cuda")
     assert [each.tokens for each in snapshot.buckets(PROBLEM, *hashes)] == [1]
     assert snapshot.lookup(PROBLEM, 64, 64, *hashes).rule == "untuned"
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_without_triton_its_winners_are_told_as_unused_and_not_as_stale() -> None:
+    snapshot = Snapshot(Path("tuned.db"), True, H200, [winner(IN_TRITON, 64), winner(IN_TRITON, 256)])
+    hashes = NORMS.source_hashes("cuda")
+    answer = snapshot.lookup(PROBLEM, 64, 64, *hashes)
+    assert (answer.rule, answer.winners) == ("untuned", ())
+    assert (
+        "was tuned at T=64, 256 on cuda:sm_90a:NVIDIA H200 with a kernel in Triton, which is not used" in answer.reason
+    )
+    steps = explain_lookup(snapshot, PROBLEM, 64, 64, *hashes)
+    assert [step for step in steps if step.startswith(("stale", "unused"))] == [NO_TRITON]
+    assert any(step.startswith(f"  T=64: {IN_TRITON}") for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("triton", "states"),
+    [
+        ("with_triton", {1: "fresh", 64: "fresh", 256: STALE}),
+        ("without_triton", {1: "fresh", 64: NO_TRITON, 256: STALE}),
+    ],
+)
+def test_what_is_shown_of_winners_in_triton_is_what_a_lookup_makes_of_them(
+    triton: str,
+    states: dict[int, str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    request.getfixturevalue(triton)
+    path = tmp_path / "tuned.db"
+    with TunedDatabase(path) as database:
+        for each in (winner(PLAIN, 1), winner(IN_TRITON, 64), winner(IN_TRITON, 256, source_hash="0ld")):
+            database.record_winner(each)
+    assert run(["show", "--database", str(path), "--json"]) == 0
+    assert {shown["tokens"]: shown["state"] for shown in json.loads(capsys.readouterr().out)} == states
+    buckets = Snapshot.load(path, H200).buckets(PROBLEM, *NORMS.source_hashes("cuda"))
+    assert [each.tokens for each in buckets] == [tokens for tokens, state in states.items() if state == "fresh"]
+    assert run(["report", str(tmp_path / "report.html"), "--database", str(path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [page.count(f"<td>{escape(state)}</td>") for state in ("fresh", NO_TRITON, STALE)] == [
+        [*states.values()].count(state) for state in ("fresh", NO_TRITON, STALE)
+    ]
 
 
 @pytest.mark.usefixtures("with_triton")

@@ -17,8 +17,9 @@ import typer
 
 from autofuse.cli.capture import capture
 from autofuse.cli.compile import compile_kernels
+from autofuse.cli.diff import diff
 from autofuse.cli.doctor import doctor
-from autofuse.cli.exchange import diff, export, import_, merge
+from autofuse.cli.exchange import export, import_, merge
 from autofuse.cli.history import gc, rollback
 from autofuse.cli.ops import ops
 from autofuse.cli.report import report

@@ -116,6 +116,7 @@ def _database_check(database: Path | None) -> Check:
         return Check("database", False, "cannot be found", str(error))
     try:
         with TunedDatabase(path, read_only=True) as opened:
+            opened.check(rows=False)
             winners, captured = opened.winners(), opened.captured()
     except AbsentDatabaseError:
         return Check("database", True, f"{path}: none yet, `autofuse tune` makes it")

@@ -1,8 +1,9 @@
-"""``autofuse export``, ``import``, ``merge`` and ``diff``: carry measurements between machines."""
+"""``autofuse export``, ``import`` and ``merge``: carry measurements between machines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,23 +13,23 @@ from autofuse.cache_db import (
     ImportSummary,
     TunedDatabase,
     Winner,
-    compare,
     default_path,
     export_database,
     import_into,
     merge_exports,
     preview_import,
-    read_export,
 )
 from autofuse.cli.options import DatabaseOption, JsonOption, OpOption, TargetOption, checked_op, choose_targets
-from autofuse.cli.output import gain, microseconds, print_json, print_table
+from autofuse.cli.output import gain, list_winners, microseconds, print_json, print_table
 from autofuse.errors import BadInput
-from autofuse.models import model_config
+from autofuse.models import checked_config, model_config, per_rank
 from autofuse.ops import OPS, Problem
 from autofuse.ops.base import DTYPES
 from autofuse.targets import Target
 
-__all__ = ["diff", "export", "import_", "merge"]
+__all__ = ["export", "import_", "merge"]
+
+_MOST_RANKS = 1024  # that share a model's heads
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
@@ -43,7 +44,10 @@ def export(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Only what this model runs: a preset, or a path to a config.json.", metavar="MODEL"),
+        typer.Option(
+            help="Only what this model runs, on any number of ranks: a preset, or a path to a config.json.",
+            metavar="MODEL",
+        ),
     ] = None,
     winners_only: Annotated[
         bool, typer.Option("--winners-only", help="Winners and their baselines, without the trials behind them.")
@@ -139,38 +143,6 @@ def merge(
         typer.echo(f"    in its place: {kept}")
 
 
-def diff(
-    here: Annotated[Path, typer.Argument(help="A database or an export.", metavar="A")],
-    there: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
-    json: JsonOption = False,
-) -> None:
-    """Show in what two files of measurements differ.
-
-    Lists the buckets for which only one has a winner, and those whose winners differ. Exit code 1 if anything does.
-
-    Example: autofuse diff h200.jsonl ~/.cache/autofuse/tuned.db
-    """
-    found = compare(read_export(here), read_export(there))
-    if json:
-        changed = [{"a": mine, "b": other} for mine, other in found.changed]
-        names = ("only_a", "only_b", "differ")
-        rows = {table: dict(zip(names, counts, strict=True)) for table, counts in found.rows.items()}
-        print_json({"only_a": found.only_here, "only_b": found.only_there, "changed": changed, "rows": rows})
-    else:
-        _print_winners(f"Only in {here}", found.only_here)
-        _print_winners(f"Only in {there}", found.only_there)
-        columns = ["target", "problem", ">T", ">A µs", ">B µs", ">A gain", ">B gain", "A config", "B config"]
-        if found.changed:
-            print_table("Different winners", columns, [_compared(mine, other) for mine, other in found.changed])
-        for table, (only_a, only_b, differ) in found.rows.items():
-            if only_a or only_b or differ:
-                typer.echo(f"{table}: {only_a} only in A, {only_b} only in B, {differ} differ")
-        if found.empty:
-            typer.echo(f"{here} and {there} hold the same.")
-    if not found.empty:
-        raise typer.Exit(1)
-
-
 def _compared(mine: Winner, other: Winner) -> list[object]:
     times = [microseconds(mine.time_us), microseconds(other.time_us)]
     same = "the same" if mine.config == other.config else other.config
@@ -189,16 +161,9 @@ def _print_import(summary: ImportSummary, trust: bool) -> None:
         rows = [[*_compared(each.here, each.there), each.stays] for each in summary.conflicts]
         print_table("Conflicts", [*columns, "stays"], rows)
     if summary.wins:
-        _print_winners("Trusted until measured here", summary.wins)
+        list_winners("Trusted until measured here", summary.wins)
     elif not trust and (summary.new["winners"] or summary.replaced["winners"]):
         typer.echo("These are candidates: `autofuse tune` measures them first; --trust uses them as they are.")
-
-
-def _print_winners(title: str, winners: Sequence[Winner]) -> None:
-    if winners:
-        columns = ["target", "problem", ">T", ">µs", ">gain [95 %]", "config"]
-        rows = [[w.target, w.problem, w.tokens, microseconds(w.time_us), gain(w), w.config] for w in winners]
-        print_table(title, columns, rows)
 
 
 def _named(winner: Winner) -> str:
@@ -210,8 +175,19 @@ def _is_gpu(target: Target, name: str) -> bool:
 
 
 def _problems(model: str) -> set[Problem]:
-    config = model_config(model)
-    return {problem for op in OPS.values() for dtype in DTYPES for problem in op.model_problems(config, dtype)}
+    """What one rank of a model runs, by whatever number of ranks its heads are shared among. Raises BadInput."""
+    config = checked_config(model_config(model), model)
+    shared = [config]
+    for tp in range(2, int(config.get("num_attention_heads") or 1) + 1):
+        with suppress(BadInput):  # so many ranks cannot share the heads equally
+            shared.append(per_rank(config, tp, model))
+    return {
+        problem
+        for op in OPS.values()
+        for dtype in DTYPES
+        for each in shared
+        for problem in op.model_problems(each, dtype)
+    }
 
 
 def _listed(counts: Mapping[str, int]) -> str:

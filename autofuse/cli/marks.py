@@ -1,4 +1,6 @@
-"""What to know of a winner beside its figures: that it is stale, disputed, suspect, trusted or only a candidate."""
+"""What to know of a winner beside its figures: that it is stale, in Triton where that is not used, disputed, suspect,
+trusted or only a candidate.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from autofuse.cache_db import TunedDatabase, Winner, is_stale, software_changes
+from autofuse.cache_db import TunedDatabase, Winner, software_changes, why_unused_here
 from autofuse.errors import AutofuseError
-from autofuse.ops import OPS
 from autofuse.targets import KINDS, Target, target_of, toolchain
 
 __all__ = ["Marks"]
@@ -34,11 +35,8 @@ class Marks:
 
     def of(self, winner: Winner) -> str:
         """Why the winner would not be used, or what speaks against it; "" where nothing does."""
-        op = OPS.get(winner.problem.op)
-        if op is None or winner.target.kind not in op.kernels:
-            return "no such kernel here"
-        if is_stale(winner):
-            return "stale: the kernel changed"
+        if why := why_unused_here(winner):
+            return why
         if winner.standing == "candidate":
             return "candidate: imported, not measured here"
         if winner.standing == "disputed":

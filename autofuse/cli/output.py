@@ -19,7 +19,17 @@ from autofuse.ops import Config, Problem
 from autofuse.ops.languages import language_of
 from autofuse.targets import Target
 
-__all__ = ["baselines_us", "console", "gain", "microseconds", "plain", "print_json", "print_table", "print_winners"]
+__all__ = [
+    "baselines_us",
+    "console",
+    "gain",
+    "list_winners",
+    "microseconds",
+    "plain",
+    "print_json",
+    "print_table",
+    "print_winners",
+]
 
 _WIDE = 240  # columns of a table that goes into a file or a pipe
 
@@ -78,6 +88,14 @@ def baselines_us(database: TunedDatabase, winners: Iterable[Winner]) -> dict[Win
     """Kind of baseline → median time, for each winner's bucket."""
     known = {w: database.baselines(w.target, w.problem, w.tokens) for w in winners}
     return {w: {kind: baseline.time_us for kind, baseline in found.items()} for w, found in known.items()}
+
+
+def list_winners(title: str, winners: Sequence[Winner]) -> None:
+    """One table of winners of whatever targets and problems; nothing where there are none."""
+    if winners:
+        columns = ["target", "problem", ">T", ">µs", ">gain [95 %]", "config"]
+        rows = [[w.target, w.problem, w.tokens, microseconds(w.time_us), gain(w), w.config] for w in winners]
+        print_table(title, columns, rows)
 
 
 def print_winners(

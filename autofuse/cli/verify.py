@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from autofuse.cache_db import TunedDatabase, Winner, is_stale
+from autofuse.cache_db import TunedDatabase, Winner, why_unused_here
 from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, DeviceOption, JsonOption, OpOption, checked_op
 from autofuse.cli.output import console, gain, microseconds, print_json, print_table
@@ -56,8 +56,8 @@ def verify(
     with TunedDatabase(path) as opened:
         every = opened.every(Winner, target_of(where), name, candidates=True)
         marks = Marks(opened)
-        fresh = [winner for winner in every if not is_stale(winner) and (not marked or marks.of(winner))]
-        stale = sum(map(is_stale, every))
+        unused = {winner: why for winner in every if (why := why_unused_here(winner))}
+        fresh = [winner for winner in every if winner not in unused and (not marked or marks.of(winner))]
         done: list[Checked] = []
         try:
             with device_lock([where], on_wait=_say), _progress(len(fresh)) as show:
@@ -70,15 +70,16 @@ def verify(
         except KeyboardInterrupt:
             _say(f"stopped; {len(done)} of {len(fresh)} winners are checked, and what came of them is in {path}")
             raise typer.Exit(_INTERRUPTED) from None
+    left_out = Counter(unused.values())
     if json:
-        print_json({"database": path, "stale": stale, "checked": done})
+        print_json({"database": path, "left_out": left_out, "checked": done})
     else:
-        _print(done, stale, f"{target_of(where)} in {path}")
+        _print(done, left_out, f"{target_of(where)} in {path}")
     if any(checked.verdict != "agrees" for checked in done):
         raise typer.Exit(1)
 
 
-def _print(done: Sequence[Checked], stale: int, where: str) -> None:
+def _print(done: Sequence[Checked], left_out: Mapping[str, int], where: str) -> None:
     groups: dict[Problem, list[Checked]] = {}
     for checked in done:
         groups.setdefault(checked.before.problem, []).append(checked)
@@ -88,8 +89,8 @@ def _print(done: Sequence[Checked], stale: int, where: str) -> None:
     counts = Counter(checked.verdict for checked in done)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in dict.fromkeys(c.verdict for c in done))
     typer.echo(f"{told} of {where}" if told else f"There is nothing to check of {where}.")
-    if stale:
-        typer.echo(f"{stale} stale winners were left out: `autofuse tune` measures them anew.")
+    for why, count in left_out.items():
+        typer.echo(f"{count} left out, {why}: `autofuse tune` measures these anew.")
     if counts["unchecked"]:
         typer.echo("What is unchecked stays as it was: `autofuse verify` again, on an idle machine.")
     if counts["disputed"] or counts["failed"]:

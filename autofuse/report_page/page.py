@@ -60,6 +60,7 @@ polyline.peer3 { stroke: var(--peer3); } circle.peer3, text.peer3 { fill: var(--
 a { color: inherit; text-decoration-color: var(--line); text-underline-offset: .2em; }
 table.narrow { width: auto; font-size: 13px; } h4 { font-size: 14px; margin: .2rem 0; font-weight: 600; }
 table.narrow td, table.narrow th { padding: .15rem .7rem .15rem 0; min-width: 0; }
+table.narrow td.mono { white-space: nowrap; } td p { margin: 0; font-family: system-ui, sans-serif; }
 polyline.limit { stroke: var(--soft); stroke-dasharray: 4 4; } circle.limit { fill: none; }
 """
 
@@ -124,7 +125,7 @@ def _target(target: Target, limit: Limit | None, curves: Iterable[Curve]) -> str
     if limit is not None:
         told = (
             "The limit is the speed of light: the bytes that must move ÷ the memory bandwidth, "
-            f"{limit.bytes_per_s / 1e12:.3g} TB/s {limit.source}."
+            f"{_rate(limit.bytes_per_s)} ({limit.source})."
         )
     parts = [f'<section>\n<h2>{escape(str(target))}</h2>\n<p class="soft">{escape(told)}</p>\n']
     for curve in curves:
@@ -149,8 +150,9 @@ def _buckets(curve: Curve) -> str:
         row.append((f"{winner.gain:.2f}× [{winner.gain_low:.2f}, {winner.gain_high:.2f}]", "number"))
         row.append((gain_bar(winner), ""))
         row.append(("–" if share is None else f"{share:.0%}", "number"))
-        language = f" ({language_of(winner.config)}, {bucket.rival})" if bucket.rival else ""
-        row += [(_breaking(winner.config) + escape(language), "mono"), (escape(bucket.state or "fresh"), "")]
+        language = f"{language_of(winner.config)}, {bucket.rival}" if bucket.rival else ""
+        config = _breaking(winner.config) + (f'<p class="soft">{escape(language)}</p>' if language else "")
+        row += [(config, "mono"), (escape(bucket.state or "fresh"), "")]
         rows.append(row)
     return _table(heads, rows)
 
@@ -234,6 +236,10 @@ def _us(time_us: float | None) -> str:
     if time_us is None:
         return "–"
     return f"{time_us:.2f}" if time_us < 10 else f"{time_us:.1f}" if time_us < 100 else f"{time_us:.0f}"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e12:.3g} TB/s" if bytes_per_s >= 1e12 else f"{bytes_per_s / 1e9:.3g} GB/s"
 
 
 def _shortened(text: str) -> str:

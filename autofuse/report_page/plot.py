@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from autofuse.cache_db import Winner
@@ -82,14 +82,17 @@ def _colour(name: str, peers: Sequence[str]) -> str:
     return _PEER_COLOURS[peers.index(name) % len(_PEER_COLOURS)] if name in peers else _COLOURS[name]
 
 
-def _apart(tokens: Sequence[int], x: Callable[[float], float]) -> Iterator[int]:
-    """Those whose numbers do not run into one another."""
-    taken = -math.inf
-    for t in tokens:
-        half = 4.5 * len(str(t))
-        if x(t) - half > taken:
-            yield t
-            taken = x(t) + half + 4
+def _apart(tokens: Sequence[int], x: Callable[[float], float]) -> list[int]:
+    """Those whose numbers do not run into one another; the first and the last are among them."""
+
+    def clear(left: int, right: int) -> bool:
+        return x(right) - x(left) > 4.5 * (len(str(left)) + len(str(right))) + 4
+
+    shown = [tokens[0]]
+    for t in tokens[1:-1]:
+        if clear(shown[-1], t) and clear(t, tokens[-1]):
+            shown.append(t)
+    return [*shown, tokens[-1]]
 
 
 def _spread(ends: Mapping[str, float]) -> dict[str, float]:
