@@ -38,6 +38,7 @@ import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner, export_database, import_into
 from autofuse.cache_db.pages import leaf_rows, read_pages
+from autofuse.cores import usable_cores
 from autofuse.graph.decide import Decider, Knowledge
 from autofuse.graph.fusions import Site
 from autofuse.graph.fusions.mla_dual_rms_norm import MlaDualRMSNorm
@@ -45,7 +46,7 @@ from autofuse.graph.report_store import last_reports
 from autofuse.graph.settings import Settings
 from autofuse.ops import Config, get_op
 from autofuse.targets import target_of
-from bench.machine import machine_facts, usable_cores
+from bench.machine import machine_facts
 from bench.progress import Progress
 
 __all__ = ["Outcome", "compiled_copies", "corrupted_copies", "kills", "unprivileged", "writers"]

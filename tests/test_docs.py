@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 import database_tables
+import language_table
 from autofuse.cli.app import app
 from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.settings import LEVELS, UNTUNED
@@ -160,3 +162,9 @@ def test_the_page_on_tuning_names_every_preset_and_only_options_that_there_are()
     command = get_command(app).commands["tune"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--kills", "--record", "--most"} <= known
+
+
+def test_the_table_of_languages_is_the_recorded_one() -> None:
+    text = language_table.DOCUMENT.read_text(encoding="utf-8")
+    recorded_rows = json.loads(language_table.RECORDED.read_text(encoding="utf-8"))
+    assert replace_generated(text, language_table.table(recorded_rows), language_table.BEGIN) == text

@@ -11,12 +11,7 @@ import torch
 
 from autofuse.targets import target_of
 
-__all__ = ["machine_facts", "machine_line", "usable_cores"]
-
-
-def usable_cores() -> int:
-    """Of those that the machine has, the ones that this process may run on."""
-    return len(os.sched_getaffinity(0))
+__all__ = ["machine_facts", "machine_line"]
 
 
 def machine_facts() -> dict[str, str | float]:
