@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 
 from autofuse.cache_db import TunedDatabase, Winner
@@ -110,7 +111,9 @@ def measured(both: list[Pair], options: argparse.Namespace) -> list[Pair]:
             op = get_op(pair.one.problem.op)
             configs = [pair.one.config, pair.two.config] if pair.one.config != pair.two.config else []
             compiling.append(pool.submit([op.spec(target.kind, pair.one.problem, config) for config in configs]))
-        for pair, futures in track(list(zip(both, compiling, strict=True)), transient=True):
+        for pair, futures in track(
+            list(zip(both, compiling, strict=True)), console=Console(stderr=True), transient=True
+        ):
             if not futures:
                 done.append(pair)
                 continue
