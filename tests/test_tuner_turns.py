@@ -16,6 +16,7 @@ from planting import impatient
 
 from autofuse.cache_db import TunedDatabase
 from autofuse.ops import Problem, get_op
+from autofuse.targets import Target
 from autofuse.tuner import devices as devices_module
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.devices import lanes, tune_on_devices
@@ -115,6 +116,16 @@ def test_no_more_at_a_time_than_there_are_cores_for(monkeypatch: pytest.MonkeyPa
         assert lanes([CPU], 100) == [CPU] * each
     monkeypatch.setattr(devices_module, "usable_cores", lambda: 12)
     assert lanes([CPU, CPU], 100) == [CPU] * 4
+
+
+def test_no_more_at_a_time_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(devices_module, "usable_cores", lambda: 64)
+    monkeypatch.setattr(devices_module, "target_of", lambda device: Target("cuda", "sm_90a", "a GPU"))
+    for gigabytes, each in ((4, 1), (24, 3), (141, 4)):
+        properties = SimpleNamespace(total_memory=gigabytes << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert lanes([gpu], 100) == [gpu] * each
 
 
 def test_takers_keep_to_their_problem_while_there_are_others() -> None:

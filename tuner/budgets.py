@@ -17,6 +17,7 @@ __all__ = [
     "GUESSED_PACE",
     "KILL_GRACE_S",
     "LANES",
+    "LANE_BYTES",
     "LANE_CORES",
     "LONGEST_PAUSE_S",
     "LOOK_S",
@@ -84,7 +85,10 @@ LANES = {"cpu": 1, "cuda": 4, "hip": 4}
 others compile. On a CPU both are work for the same cores."""
 
 LANE_CORES = 3
-"""But each of these has at least so many cores of the host."""
+"""But each of these has at least so many cores of the host,"""
+
+LANE_BYTES = 8 << 30
+"""and so many bytes of a GPU's memory: what one takes would look like another's failure."""
 
 VERIFY_MEMORY_SHARE = 0.25
 """Of the device's free memory, so much may hold inputs and references for the next candidate of a bucket; what is

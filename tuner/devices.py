@@ -24,7 +24,7 @@ from autofuse.cores import usable_cores
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import get_op
 from autofuse.targets import parse_device, target_of
-from autofuse.tuner.budgets import KILL_GRACE_S, LANE_CORES, LANES, STOP_GRACE_S, Effort
+from autofuse.tuner.budgets import KILL_GRACE_S, LANE_BYTES, LANE_CORES, LANES, STOP_GRACE_S, Effort
 from autofuse.tuner.job import BucketDone, Event, tune_buckets
 from autofuse.tuner.processes import kill_group, start_module
 from autofuse.tuner.queue import Bucket, BucketQueue
@@ -54,9 +54,10 @@ def parse_devices(text: str) -> list[torch.device]:
 
 def lanes(devices: Sequence[torch.device], buckets: int) -> list[torch.device]:
     """The device of each process of a job: a device several times where several buckets are tuned on it at once."""
-    for_each = usable_cores() // len(devices) // LANE_CORES
-    each = max(min(LANES[target_of(devices[0]).kind], for_each), 1)
-    return (list(devices) * each)[: max(buckets, 1)]
+    each = min(LANES[target_of(devices[0]).kind], usable_cores() // len(devices) // LANE_CORES)
+    if devices[0].type == "cuda":
+        each = min(each, torch.cuda.get_device_properties(devices[0]).total_memory // LANE_BYTES)
+    return (list(devices) * max(each, 1))[: max(buckets, 1)]
 
 
 class DeviceFailedError(AutofuseError):
