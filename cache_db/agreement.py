@@ -138,10 +138,14 @@ class _Rows:
 
 def _pair(a: Winner, b: Winner, ours: _Rows, theirs: _Rows) -> Pair:
     in_ours, in_theirs = (ours.trial_of(a), ours.trial_of(b)), (theirs.trial_of(a), theirs.trial_of(b))
-    if in_ours[1] == in_theirs[1]:  # what one file has from the other is no measurement of its own
-        in_ours = (in_ours[0], None)
-    if in_theirs[0] == in_ours[0]:
-        in_theirs = (None, in_theirs[1])
+    # What one file has from the other is no measurement of its own.
+    if in_ours == in_theirs:
+        in_theirs = (None, None)
+    else:
+        if in_ours[1] == in_theirs[1]:
+            in_ours = (in_ours[0], None)
+        if in_theirs[0] == in_ours[0]:
+            in_theirs = (None, in_theirs[1])
     foreign = {"A": in_ours[1], "B": in_theirs[0]}
     failed = tuple(f"{trial.status} in {name}" for name, trial in foreign.items() if trial and trial.failed)
     return Pair(a, b, _ratio(*in_ours), _ratio(*in_theirs), failed)

@@ -31,6 +31,8 @@ from autofuse.ops import get_op
 from autofuse.targets import Target, parse_device, target_of
 from autofuse.tuner.budgets import effort
 from autofuse.tuner.compile_ahead import compile_pool
+from autofuse.tuner.device_lock import device_lock
+from autofuse.tuner.failures import CandidateFailed
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.job import provenance_of
 from autofuse.tuner.measure import gain
@@ -120,9 +122,15 @@ def measured(both: list[Pair], options: argparse.Namespace) -> list[Pair]:
             for future in futures:
                 future.result()
             bench.open(pair.one.problem, pair.one.tokens, "+".join(_sources(pair.one, target)))
-            compared = bench.interleave([pair.two.config, pair.one.config], options.rounds, seed=0)
+            try:
+                compared = bench.interleave([pair.two.config, pair.one.config], options.rounds, seed=0)
+            except CandidateFailed as failed:
+                print(f"{pair.one.problem} T={pair.one.tokens}: {failed.subject}: {failed}", file=sys.stderr)
+                continue
             found = gain(*compared.timings)
             done.append(Pair(pair.one, pair.two, found.median, found.low, found.high))
+    if not done:
+        raise BadInput("not one pair of winners could be timed")
     return done
 
 
@@ -151,7 +159,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         device = parse_device(options.device)
-        done = measured(pairs(options.one, options.two, target_of(device)), options)
+        with device_lock([device], on_wait=lambda line: print(line, file=sys.stderr)):
+            done = measured(pairs(options.one, options.two, target_of(device)), options)
     except AutofuseError as error:
         sys.exit(f"compare_tunings: {error}")
     total = summary(done, options.within)

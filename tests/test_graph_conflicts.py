@@ -120,7 +120,7 @@ def test_of_a_cycle_the_site_that_saves_less_is_left_alone(crossed):
     _, _, lost = kept[1]
     assert lost.rule == "cycle"
     assert lost.reason == (
-        "it reads results of one (fusion, saves 2.00 µs), and the other way round; this one saves 1.00 µs"
+        "it and one (fusion, saves 2.00 µs) read each other's results, around a circle; this one saves 1.00 µs"
     )
 
 
@@ -140,8 +140,8 @@ def test_a_cycle_of_three():
     kept, order = results(graph, *(decided(nodes, str(at), 3.0 - at) for at, nodes in enumerate(sites)))
     assert fused(kept) == ["0", "1"]
     assert order == [1, 0]  # 1 reads a result of 0
-    assert "results of 0 (fusion, saves 3.00 µs) and 1 (fusion, saves 2.00 µs)" in kept[2][2].reason or (
-        "results of 1 (fusion, saves 2.00 µs) and 0 (fusion, saves 3.00 µs)" in kept[2][2].reason
+    assert "it and 0 (fusion, saves 3.00 µs) and 1 (fusion, saves 2.00 µs) read" in kept[2][2].reason or (
+        "it and 1 (fusion, saves 2.00 µs) and 0 (fusion, saves 3.00 µs) read" in kept[2][2].reason
     )
 
 

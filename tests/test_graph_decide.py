@@ -282,7 +282,7 @@ def test_a_locked_database_is_waited_for_once_and_shortly(caplog, monkeypatch):
         assert decide(16).rule == "untuned"
         assert time.perf_counter() - begin < 2
         with monkeypatch.context() as patch:
-            patch.setattr("autofuse.graph.decide.TunedDatabase", lambda *_, **__: pytest.fail("opened again"))
+            patch.setattr("autofuse.cache_db.notebook.TunedDatabase", lambda *_, **__: pytest.fail("opened again"))
             assert decide(32).rule == "untuned"
     (warning,) = caplog.records
     assert "cannot remember" in warning.message

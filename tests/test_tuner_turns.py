@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -15,6 +17,7 @@ import torch
 from planting import impatient
 
 from autofuse.cache_db import TunedDatabase
+from autofuse.errors import TargetUnavailable
 from autofuse.ops import Problem, get_op
 from autofuse.targets import Target
 from autofuse.tuner import devices as devices_module
@@ -95,6 +98,44 @@ def test_waiting_for_a_turn_is_not_the_candidates_time(tiny: Effort, tmp_path: P
             assert bench.verify(config) <= 1.0
 
 
+def test_a_turn_that_never_comes_is_nobodys_failure(tiny: Effort, tmp_path: Path) -> None:
+    op = get_op(PROBLEM.op)
+    impatient_for_turns = replace(tiny, limits=replace(tiny.limits, turn_s=1.0))
+    with IsolatedBench(CPU, impatient_for_turns, tmp_path / "turns") as bench:
+        bench.open(PROBLEM, 4, op.source_hash("cpu"))
+        assert bench.verify(op.default_config("cpu", PROBLEM, 4)) <= 1.0
+        with holder(tmp_path / "turns", 60.0) as other:
+            with pytest.raises(TargetUnavailable, match="another process of this job had it for 1 s"):
+                bench.verify(op.default_config("cpu", PROBLEM, 4))
+            other.kill()
+
+
+def test_a_turn_is_kept_from_request_to_request(tiny: Effort, tmp_path: Path) -> None:
+    op = get_op(PROBLEM.op)
+    config = op.default_config("cpu", PROBLEM, 4)
+    with IsolatedBench(CPU, tiny, tmp_path / "turns") as bench:
+        bench.open(PROBLEM, 4, op.source_hash("cpu"))
+        mine = Turns(tmp_path / "turns")
+        with bench.turn():
+            bench.verify(config)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(mine._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            bench.time(config, None)
+        with mine:
+            pass
+
+
+def test_the_time_to_open_a_bucket_is_without_the_wait(tiny: Effort, tmp_path: Path) -> None:
+    op = get_op(PROBLEM.op)
+    with IsolatedBench(CPU, tiny, tmp_path / "turns") as bench:
+        bench.open(PROBLEM, 4, op.source_hash("cpu"))
+        bench.verify(op.default_config("cpu", PROBLEM, 4))
+        with holder(tmp_path / "turns", 6.0):
+            bench.open(PROBLEM, 8, op.source_hash("cpu"))
+            bench.verify(op.default_config("cpu", PROBLEM, 8))
+        assert bench._opened_s < 4.0
+
+
 def test_several_buckets_at_a_time_on_one_device(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(devices_module.LANES, "cpu", 2)
     monkeypatch.setattr(devices_module, "LANE_CORES", 0.25)
@@ -122,9 +163,13 @@ def test_no_more_at_a_time_than_there_is_memory_for(monkeypatch: pytest.MonkeyPa
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(devices_module, "usable_cores", lambda: 64)
     monkeypatch.setattr(devices_module, "target_of", lambda device: Target("cuda", "sm_90a", "a GPU"))
-    for gigabytes, each in ((4, 1), (24, 3), (141, 4)):
+    for gigabytes, used, each in ((4, 0, 1), (24, 0, 3), (141, 0, 4), (141, 124, 2), (141, None, 4)):
         properties = SimpleNamespace(total_memory=gigabytes << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        if used is None:  # no library to ask
+            monkeypatch.delattr(torch.cuda, "device_memory_used")
+        else:
+            monkeypatch.setattr(torch.cuda, "device_memory_used", lambda device, used=used: used << 30)
         assert lanes([gpu], 100) == [gpu] * each
 
 

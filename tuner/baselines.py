@@ -77,6 +77,8 @@ def compiled_reference(
         order.extend(i for each in inputs for i, arg in enumerate(args) if arg is each)
         call = compile_fx(module, inputs, inner_compile=inner, config_patches=options)
         on_device.enter_context(running or nullcontext())  # Dynamo calls it next
+        if any(each.device.type == "cuda" for each in inputs):
+            on_device.callback(torch.cuda.synchronize)
         return call
 
     compiled = torch.compile(_fresh(op.unfused), backend=backend, dynamic=False)

@@ -66,6 +66,8 @@ class Bench:
         """
         with self._turns:
             self._bucket = None  # its memory is free for the next
+            if self._turns.shared and self._device.type == "cuda":
+                torch.cuda.empty_cache()  # and for the others
         op = get_op(problem.op)
         if not {*source_hash.split("+")} <= {*op.source_hashes(self._target.kind)}:
             raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
@@ -110,6 +112,10 @@ class Bench:
 
     def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
         """Times configs and baselines in turns."""
+        known = self._opened().baselines
+        lacking = [subject for subject in subjects if isinstance(subject, str) and subject not in known]
+        if lacking:  # in a worker that took another's place; before its turn, as it compiles
+            self.baselines(compiled=lacking != [EAGER])
         with self._turns:
             prepared = [self._lasting(subject) for subject in subjects]
             with self._running(subjects[0]):
@@ -146,8 +152,6 @@ class Bench:
                 return overload(*args, plan)
 
         else:
-            if subject not in bucket.baselines:  # in a worker that took another's place
-                self.baselines(compiled=subject != EAGER)
             if subject not in bucket.baselines:
                 raise LaunchError(f"{bucket.op.name} cannot be compiled any more")
             call = bucket.baselines[subject]

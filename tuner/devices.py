@@ -56,8 +56,17 @@ def lanes(devices: Sequence[torch.device], buckets: int) -> list[torch.device]:
     """The device of each process of a job: a device several times where several buckets are tuned on it at once."""
     each = min(LANES[target_of(devices[0]).kind], usable_cores() // len(devices) // LANE_CORES)
     if devices[0].type == "cuda":
-        each = min(each, torch.cuda.get_device_properties(devices[0]).total_memory // LANE_BYTES)
+        each = min(each, *(_free_bytes(device) // LANE_BYTES for device in devices))
     return (list(devices) * max(each, 1))[: max(buckets, 1)]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what nobody uses; all of it where nobody can say (no nvidia-ml-py). Makes no CUDA context."""
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    try:
+        return total - torch.cuda.device_memory_used(device)
+    except Exception:  # no library, no driver, AMD's GPU, an older PyTorch
+        return total
 
 
 class DeviceFailedError(AutofuseError):

@@ -33,7 +33,7 @@ class Outlook:
             version of the kernel), ``again`` (it is to be measured anew) or ``new``.
         known: configs that the database knows.
         trials: configs that would be measured, at most.
-        seconds: that it would take by itself.
+        seconds: from its begin to its end.
     """
 
     bucket: Bucket
@@ -69,7 +69,8 @@ def forecast(
 ) -> Forecast:
     """What tuning ``buckets`` on equal ``devices`` would do. Writes nothing, and runs nothing on a device.
 
-    Times are the pace of what was recorded on this target: of the same op where there are such trials, else of all.
+    Times are the pace of what was recorded on this target: of the same op where there are such trials, else of all. It
+    is taken to have been recorded with as many buckets at a time as there would be.
     """
     target = target_of(devices[0])
     provenance = provenance_of(devices[0])

@@ -17,8 +17,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -62,6 +62,10 @@ class _WorkerDied(Exception):
 
 class _TimedOut(Exception):
     """The worker did not answer in time."""
+
+
+class _NoTurn(Exception):
+    """Others had the device all the time."""
 
 
 class IsolatedBench:
@@ -116,6 +120,19 @@ class IsolatedBench:
         self._worker.request("open", self._bucket)
         self._pending.append("open")
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The device is this bench's in a ``with`` block; nothing to do where nobody else uses it. What is asked for
+        outside of one takes a turn of its own.
+        """
+        if self._turns is None:
+            yield
+            return
+        self._ask("take_turn", {}, [EAGER], self._limits.time_s)
+        yield  # an exception ends the job, and the worker with it
+        if self._worker is not None:  # else the turn ended with it
+            self._ask("end_turn", {}, [EAGER], self._limits.time_s)
+
     def verify(self, config: Config) -> float:
         return float(self._ask("verify", {"config": str(config)}, [config], self._limits.verify_s))
 
@@ -168,6 +185,8 @@ class IsolatedBench:
             allowed_s = limit_s + (self._limits.slowdown + rounds) * self._opened_s
             try:
                 answer = worker.ask(method, arguments, allowed_s)
+            except _NoTurn:
+                raise self._without_turn() from None
             except _TimedOut:
                 message = f"it did not end within {allowed_s:.0f} s"
                 failure = CandidateFailed(worker.running(subjects[0]), "timed_out", message)
@@ -203,6 +222,8 @@ class IsolatedBench:
                     elif "error" in answer:
                         raise TargetUnavailable(f"device {self._device}: {answer['error']['message']}")
                 return worker
+            except _NoTurn:
+                raise self._without_turn() from None
             except (_WorkerDied, _TimedOut) as died:
                 spoilt = bool(self._ran)
                 self._end(at_once=True)
@@ -230,6 +251,13 @@ class IsolatedBench:
         worker.request("open", self._bucket)
         self._pending = ["start", "open"]
         return worker
+
+    def _without_turn(self) -> TargetUnavailable:
+        self._end(at_once=True)
+        return TargetUnavailable(
+            f"device {self._device}: another process of this job had it for {self._limits.turn_s:.0f} s, and may hang: "
+            "end what is left of it; the same command goes on from here"
+        )
 
     def _end(self, at_once: bool) -> None:
         worker, self._worker = self._worker, None
@@ -313,20 +341,23 @@ class _Worker:
     def answer(self, limit_s: float) -> dict[str, Any]:
         """The next answer; for as long as the worker waits for its turn on the device, no time counts.
 
-        Raises _TimedOut, _WorkerDied.
+        Raises _TimedOut, _NoTurn, _WorkerDied.
         """
-        end = time.monotonic() + limit_s
+        end, waits = time.monotonic() + limit_s, False
         while True:
             try:
                 line = self._answers.get(timeout=max(end - time.monotonic(), 0.0))
             except queue.Empty:
+                if waits:
+                    raise _NoTurn from None
                 raise _TimedOut(f"it did not answer within {limit_s:.0f} s") from None
             try:
                 answer: dict[str, Any] = json.loads(line)
             except ValueError:  # the pipe's end, or what a kernel wrote into it
                 raise _WorkerDied(self._how_it_died()) from None
             if "waits" in answer:
-                end = time.monotonic() + (self._turn_s if answer["waits"] else limit_s)
+                waits = answer["waits"]
+                end = time.monotonic() + (self._turn_s if waits else limit_s)
             elif "log" in answer:
                 name, level, message = answer["log"]
                 logging.getLogger(name).log(level, "%s", message)

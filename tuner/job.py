@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -377,10 +377,13 @@ class _BucketTuning:
         facts: dict[str, Any] = {"compile_s": artifact.seconds, **artifact.resources.as_dict()}
         if settled := self._without_a_run(config, artifact, facts, best):
             return self._database.record_trial(settled)
-        with self._presumed_dead(config, facts):
-            trial = self._outcome(config, facts, None if best is None else best.config)
-            self._by_code[self._code(config, artifact)] = trial
-            return self._database.record_trial(trial)
+        with ExitStack() as turn:
+            turn.enter_context(self._bench.turn())  # first: while it waits, no config can take the machine down
+            with self._presumed_dead(config, facts):
+                trial = self._outcome(config, facts, None if best is None else best.config)
+                turn.close()
+                self._by_code[self._code(config, artifact)] = trial
+                return self._database.record_trial(trial)
 
     def _without_a_run(
         self, config: Config, artifact: Artifact, facts: Mapping[str, Any], best: Trial | None

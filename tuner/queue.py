@@ -74,6 +74,7 @@ class BucketQueue:
             share_s = (self._end - time.monotonic()) / math.ceil(len(self._left) / self._takers)
             if share_s <= 0:
                 logger.info("the time is over with %d buckets to tune", len(self._left))
+                self._left.clear()
                 return None
         others = set(self._under_way.values())
         free = [bucket for bucket in self._left if bucket.problem not in others]

@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -91,6 +91,8 @@ class _Server:
         self._lock = threading.Lock()  # log records may come from any thread
         self._device = torch.device("cpu")
         self._bench: Bench | None = None
+        self._turns = Turns(None)
+        self._turn = ExitStack()
         self._notes: dict[Subject, bytes] = {}
 
     def answer(self, method: str, arguments: dict[str, Any]) -> None:
@@ -133,22 +135,30 @@ class _Server:
         kernels_src.FOLDER = Path(kernels)
         torch.set_num_threads(threads)
         self._device = torch.device(device)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            torch.zeros(1, device=self._device)
-        shared = Turns(None if turns is None else Path(turns), lambda waits: self.send({"waits": waits}))
-        self._bench = Bench(self._device, decode_effort(effort), self._take_note, shared)
+        self._turns = Turns(None if turns is None else Path(turns), lambda waits: self.send({"waits": waits}))
+        with self._turns:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                torch.zeros(1, device=self._device)
+            self._bench = Bench(self._device, decode_effort(effort), self._take_note, self._turns)
 
     def _do_open(self, problem: str, tokens: int, source_hash: str, module: str) -> float:
-        """Seconds that it took."""
-        begin = time.perf_counter()
+        """Seconds that it took, without those that others had the device."""
+        begin, waited_s = time.perf_counter(), self._turns.waited_s
         parsed = Problem.parse(problem)
         if parsed.op not in OPS:
             import_module(module)
         if parsed.op not in OPS:
             raise AutofuseError(f"importing {module} does not make the op {parsed.op} known; see OpRegistry.add")
         self._opened().open(parsed, tokens, source_hash)
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin - (self._turns.waited_s - waited_s)
+
+    def _do_take_turn(self) -> None:
+        """The device is this process's until ``_do_end_turn``, whatever it is asked for meanwhile."""
+        self._turn.enter_context(self._turns)
+
+    def _do_end_turn(self) -> None:
+        self._turn.close()
 
     def _do_verify(self, config: str) -> float:
         return self._opened().verify(Config.parse(config))
@@ -185,8 +195,9 @@ class _Server:
         if self._device.type != "cuda":
             return False
         try:
-            torch.cuda.synchronize(self._device)
-            return int((torch.ones(1, device=self._device) + 1).item()) != 2
+            with self._turns:
+                torch.cuda.synchronize(self._device)
+                return int((torch.ones(1, device=self._device) + 1).item()) != 2
         except Exception:
             return True
 

@@ -178,7 +178,7 @@ def _problems(model: str) -> set[Problem]:
     """What one rank of a model runs, by whatever number of ranks its heads are shared among. Raises BadInput."""
     config = checked_config(model_config(model), model)
     shared = [config]
-    for tp in range(2, int(config.get("num_attention_heads") or 1) + 1):
+    for tp in range(2, _MOST_RANKS + 1):
         with suppress(BadInput):  # so many ranks cannot share the heads equally
             shared.append(per_rank(config, tp, model))
     return {

@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autofuse.cache_db import TunedDatabase, Winner, why_unused_here
+from autofuse.cache_db.kernels import STALE
 from autofuse.cli.marks import Marks
 from autofuse.cli.options import DatabaseOption, DeviceOption, JsonOption, OpOption, checked_op
 from autofuse.cli.output import console, gain, microseconds, print_json, print_table
@@ -90,7 +91,7 @@ def _print(done: Sequence[Checked], left_out: Mapping[str, int], where: str) -> 
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in dict.fromkeys(c.verdict for c in done))
     typer.echo(f"{told} of {where}" if told else f"There is nothing to check of {where}.")
     for why, count in left_out.items():
-        typer.echo(f"{count} left out, {why}: `autofuse tune` measures these anew.")
+        typer.echo(f"{count} left out, {why}" + (": `autofuse tune` measures these anew." if why == STALE else "."))
     if counts["unchecked"]:
         typer.echo("What is unchecked stays as it was: `autofuse verify` again, on an idle machine.")
     if counts["disputed"] or counts["failed"]:

@@ -90,7 +90,7 @@ def _leave_one(decided: list[Decided], cycle: Sequence[int]) -> None:
     others = [decided[index] for index in cycle if index != lost]
     names = " and ".join(f"{site.op} ({site.fusion}, {_merit(site, decision)})" for _, site, decision in others)
     _, site, decision = decided[lost]
-    reason = f"it reads results of {names}, and the other way round; this one {_merit(site, decision)}"
+    reason = f"it and {names} read each other's results, around a circle; this one {_merit(site, decision)}"
     _leave(decided, lost, "cycle", reason)
 
 

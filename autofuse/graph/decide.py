@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from autofuse.cache_db import Captured, Lookup, Snapshot, TunedDatabase, Winner, default_path
+from autofuse.cache_db import Captured, Lookup, Snapshot, Winner, default_path
+from autofuse.cache_db.notebook import notebook
 from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavailable, UnsupportedCall
 from autofuse.graph.alignment import Loads, loads_of, misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
@@ -42,9 +43,6 @@ __all__ = [
 
 _MANY_TOKENS = 1 << 20
 """The T for which a config is looked up in its search space: constraints on configs for too few tokens hold there."""
-
-_REMEMBER_TIMEOUT_S = 0.2
-"""How long a compilation waits for the database to take a note that it can do without."""
 
 
 @dataclass(frozen=True)
@@ -335,33 +333,10 @@ class Decider:
         """Writes the sites that nobody measured into the database, for ``autofuse tune --captured``; with a plan, which
         is to stay as it is, there is nothing to measure.
         """
-        if self._captured and self.settings.plan is None:
-            _notebook.write(self._database, self._captured)
+        wanted = self._captured and self.settings.plan is None
+        if wanted and (why := notebook.write(self._database, self._captured)):
+            warn_once(why)
         self._captured.clear()
-
-
-class _Notebook:
-    """Untuned sites, written into databases. One that would not take them is left alone for the rest of the process:
-    no graph waits for it again.
-    """
-
-    def __init__(self) -> None:
-        self._given_up: set[Path] = set()
-
-    def write(self, path: Path, sites: Iterable[Captured]) -> None:
-        """Never raises: there is one warning, and the sites are found again by the next process."""
-        if path in self._given_up:
-            return
-        try:
-            with TunedDatabase(path, busy_timeout_s=_REMEMBER_TIMEOUT_S) as database, database.transaction():
-                for site in sites:
-                    database.record_captured(site)
-        except DatabaseError as error:
-            self._given_up.add(path)
-            warn_once(f"autofuse cannot remember the sites that are still to be tuned: {error}")
-
-
-_notebook = _Notebook()
 
 
 def _plan(op: FusedOp, key: Key, buckets: tuple[tuple[int, Config | None], ...]) -> Plan:

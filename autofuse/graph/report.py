@@ -25,7 +25,7 @@ VERDICTS: Mapping[str, str] = {
     "unsupported": "no kernel computes it",
     "target": "no kernel runs here",
     "overlap": "another fusion takes its nodes",
-    "cycle": "it and another fusion need each other's results",
+    "cycle": "it and other fusions need each other's results",
 }
 """What becomes of a site, in a word and in a few. Something that is no site at all is a near miss."""
 

@@ -115,16 +115,22 @@ def bind_plan(op: FusedOp, plan: Plan, device: torch.device) -> BoundPlan:
 
 
 def resolve_plan(op: FusedOp, problem: Problem, target: Target) -> Plan:
-    """The plan of a call that names none: the database's winners, else the op's default configs.
+    """The plan of a call that names none: the database's winners, else the op's default configs; then the problem is
+    noted there, for ``autofuse tune --captured``, at all T: no later call comes by here.
 
     Raises DatabaseError, UnsupportedCall.
     """
-    from autofuse.cache_db import Snapshot  # here: compiled graphs bring their plans and never need the database
+    # Here: compiled graphs bring their plans and never need the database.
+    from autofuse.cache_db import Captured, Snapshot, default_path
+    from autofuse.cache_db.notebook import notebook
 
     winners = Snapshot.load(None, target).buckets(problem, *op.source_hashes(target.kind))
     buckets = tuple((winner.tokens, winner.config) for winner in winners)
-    defaults = ((tokens, op.default_config(target.kind, problem, tokens)) for tokens in RANGE_BUCKETS)
-    return Plan(target.arch, problem, buckets or tuple(defaults))
+    if not buckets:
+        if why := notebook.write(default_path(), [Captured(target, problem, RANGE_BUCKETS[0], RANGE_BUCKETS[-1])]):
+            logger.warning(why)
+        buckets = tuple((tokens, op.default_config(target.kind, problem, tokens)) for tokens in RANGE_BUCKETS)
+    return Plan(target.arch, problem, buckets)
 
 
 class _PythonDispatcher:
