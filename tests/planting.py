@@ -20,6 +20,7 @@ from autofuse.targets import target_of
 from autofuse.tuner import job
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort, Limits
+from autofuse.tuner.turns import Turns
 
 FOLDER = Path(__file__).parent / "faulty"
 PROBLEM = Problem("faulty", (("dtype", "fp32"), ("width", 16)))
@@ -72,6 +73,9 @@ def plant(edit_kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 class _BenchHere(Bench):
+    def __init__(self, device: torch.device, effort: Effort, turns: Path | None) -> None:
+        super().__init__(device, effort, turns=Turns(turns))
+
     def __enter__(self) -> _BenchHere:
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class Bench:
         with self._turns, torch.no_grad():
             self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)
             self._synchronise()
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The device is this bench's in a ``with`` block; what is asked for outside of one takes a turn of its own."""
+        return self._turns
 
     def verify(self, config: Config) -> float:
         """How far the results are from the reference, in units of what is allowed."""
