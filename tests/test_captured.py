@@ -64,7 +64,9 @@ def test_every_op_is_captured_tuned_and_then_fused(tiny, monkeypatch, capsys):
     """Whether a kernel is faster on this machine is not what is tested: every gain is made up to be 2."""
     monkeypatch.setitem(budgets.EFFORTS, "quick", tiny)
     tune_here(monkeypatch)
-    monkeypatch.setattr(baselines, "baseline_calls", lambda op, args: {"eager": op.unfused, "compile": op.unfused})
+    monkeypatch.setattr(
+        baselines, "baseline_calls", lambda op, args, running: {"eager": op.unfused, "compile": op.unfused}
+    )
     monkeypatch.setattr(job, "gain", lambda baseline, candidate: Gain(2.0, 1.9, 2.1))
     before = sites()
     assert {op for op, _ in before} == set(OPS)

@@ -254,7 +254,7 @@ def test_ctrl_c_stops_the_command_and_reaches_the_caller(command, tmp_path):
 def unmeasured(monkeypatch):
     """No worker process, and no baseline through Inductor: both would take seconds."""
     tune_here(monkeypatch)
-    monkeypatch.setattr("autofuse.tuner.baselines.baseline_calls", lambda op, args: {"eager": op.unfused})
+    monkeypatch.setattr("autofuse.tuner.baselines.baseline_calls", lambda op, args, running: {"eager": op.unfused})
 
 
 def test_a_search_that_is_cut_short_gives_a_winner_and_goes_on_later(tiny, unmeasured, monkeypatch):

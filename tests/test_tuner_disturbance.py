@@ -163,7 +163,7 @@ def test_a_winner_that_was_measured_meanwhile_is_marked(
         return [Timing((1.0, wide) * (rounds // 2))] * (len(prepared) - 1) + [Timing((1.0,) * rounds)]
 
     tune_here(monkeypatch)
-    monkeypatch.setattr(bench, "watch", lambda device: _Busy())
+    monkeypatch.setattr(bench, "watch", lambda device, own: _Busy())
     monkeypatch.setattr(bench, "interleave", pretend)
     op = get_op("mla_dual_rms_norm")
     problem = op.make_problem(dtype="bf16", q_lora_rank=112, kv_lora_rank=40, cast_before_weight=True)
