@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import machine_line
-from bench.showing import replace_generated
+from bench.showing import grid, replace_generated
 
 __all__ = ["DOCUMENT", "lookup_table", "recorded", "stress_table", "with_tables"]
 
@@ -43,7 +42,7 @@ def lookup_table(content: dict[str, Any]) -> str:
             for name, scale in (("first", 1e3), ("other", 1e3), ("again", 1))
         ]
         lines.append([f"{row['winners']:,}", f"{row['bytes'] / 2**20:.1f}", *cells])
-    return f"{machine_line(content)}:\n\n{_grid(lines)}"
+    return f"{machine_line(content)}:\n\n{grid(lines)}"
 
 
 def stress_table(content: dict[str, Any]) -> str:
@@ -52,18 +51,13 @@ def stress_table(content: dict[str, Any]) -> str:
     for outcome in content["outcomes"]:
         became = "; ".join(f"{what}: {count:,}" for what, count in sorted(outcome["counts"].items()))
         lines.append([outcome["name"], str(len(outcome["faults"])), became, f"{outcome['seconds']:.0f}"])
-    return f"{machine_line(content)}:\n\n{_grid(lines)}"
+    return f"{machine_line(content)}:\n\n{grid(lines)}"
 
 
 def with_tables(document: str, lookup: dict[str, Any], stress: dict[str, Any]) -> str:
     """The document with both tables replaced. Raises ValueError if it has no place for one."""
     document = replace_generated(document, lookup_table(lookup), BEGIN_LOOKUP)
     return replace_generated(document, stress_table(stress), BEGIN_STRESS)
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    header, *rows = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def main() -> None:

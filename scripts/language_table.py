@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from autofuse.cache_db import TunedDatabase
 from autofuse.cache_db.rivals import rival_of
 from autofuse.ops import Problem
 from autofuse.ops.languages import language_of
-from bench.showing import replace_generated
+from bench.showing import grid, replace_generated
 
 __all__ = ["BEGIN", "DOCUMENT", "RECORDED", "rows_of", "table"]
 
@@ -62,7 +61,7 @@ def table(content: dict[str, Any]) -> str:
     for problem in problems:
         cells = {row["tokens"]: _cell(row) for row in content["rows"] if row["problem"] == problem}
         lines.append([_name(Problem.parse(problem)), *(cells.get(tokens, "–") for tokens in SHOWN)])
-    return _grid(lines)
+    return grid(lines)
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -75,11 +74,6 @@ def _name(problem: Problem) -> str:
     params = dict(problem.params)
     parts = [f"{name} {params[name]}" for name in ("heads", "nope_dim", "cache", "norm", "group") if name in params]
     return f"`{problem.op}`" + (f", {', '.join(parts)}" if parts else "")
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from planting import tune_here
 from autofuse.cache_db import Trial, TunedDatabase
 from autofuse.ops import Config, get_op
 from autofuse.targets import target_of
-from autofuse.tuner import job
+from autofuse.tuner import known
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.disturbance import Comparison
@@ -28,7 +28,7 @@ from kill_tune import Tally, Told, told_of
 CPU = torch.device("cpu")
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=112, kv_lora_rank=40, cast_before_weight=True)
-DIED = {"status": "launch_error", "message": job._DIED, "time_us": None}
+DIED = {"status": "launch_error", "message": known.DIED, "time_us": None}
 CRASHED = {"status": "crashed", "message": "the process died of SIGABRT", "time_us": None}
 
 

@@ -17,7 +17,8 @@ from autofuse.ops import get_op
 from autofuse.targets import Target, target_of
 from autofuse.tuner.budgets import GUESSED_PACE, LONGEST_PAUSE_S, Effort, Pace
 from autofuse.tuner.devices import lanes
-from autofuse.tuner.job import imported, known_of, provenance_of
+from autofuse.tuner.job import provenance_of
+from autofuse.tuner.known import imported, known_of
 from autofuse.tuner.queue import Bucket
 from autofuse.tuner.search import search_for
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
-from autofuse.cache_db.store import Provenance
 from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, get_op
 from autofuse.targets import Artifact, Target, target_of, toolchain
@@ -30,6 +29,7 @@ from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
+from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import search_for
@@ -40,20 +40,13 @@ __all__ = [
     "BucketDone",
     "BucketStarted",
     "Event",
-    "Known",
     "TrialDone",
-    "imported",
-    "known_of",
     "provenance_of",
     "tune_buckets",
     "tune_shares",
 ]
 
 logger = logging.getLogger("autofuse.tuner")
-
-_SOFTWARE = ("autofuse", "torch", "driver", "toolkit", "compiler")  # of provenance: what can make a config fail
-_DIED = "the process died while this config ran"
-_DIED_AGAIN = "the process died twice while this config ran"
 
 
 @dataclass(frozen=True)
@@ -194,58 +187,6 @@ def provenance_of(device: torch.device) -> dict[str, str | int | float | None]:
         "autofuse": _autofuse_version(),
         **toolchain(target_of(device).kind).provenance(device),
     }
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the database knows of a bucket, as the tuner takes it.
-
-    Attributes:
-        trials: config → trial, of those that need not be made again.
-        winner: the present one, of whatever kernel source.
-        fresh: whether it was measured with the present source.
-    """
-
-    trials: Mapping[Config, Trial]
-    winner: Winner | None
-    fresh: bool
-
-
-def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: Provenance) -> Known:
-    """Only what was measured here counts: what another machine found is proposed, and measured again.
-
-    Args:
-        present: the present provenance; what failed with another driver or other software is tried again.
-    """
-    sources = get_op(bucket.problem.op).source_hashes(target.kind)
-    trials = database.trials(target, bucket.problem, bucket.tokens, *sources)
-    winner = database.winner(target, bucket.problem, bucket.tokens)
-    fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
-    failures = {trial.provenance for trial in trials if trial.failed}
-    alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
-    held = [trial for trial in trials if trial.standing == "own" and _holds(trial, alike)]
-    return Known({trial.config: trial for trial in held}, winner, fresh)
-
-
-def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:
-    """What another machine found good for the bucket, the fastest first; not more than are tried before others."""
-    sources = get_op(bucket.problem.op).source_hashes(target.kind)
-    return database.priors(target, bucket.problem, bucket.tokens, *sources)[: effort.priors]
-
-
-def _holds(trial: Trial, alike: Mapping[str, bool]) -> bool:
-    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and one death
-    of the tuning process may have had any reason.
-
-    Args:
-        alike: provenance of failures → whether it is of the present software.
-    """
-    return not trial.failed or (alike[trial.provenance] and trial.message != _DIED)
-
-
-def _same_software(one: Provenance, other: Provenance) -> bool:
-    """Clocks and power limits vary from run to run, and make no config fail."""
-    return all(one.get(name) == other.get(name) for name in _SOFTWARE)
 
 
 class _BucketTuning:
@@ -420,10 +361,10 @@ class _BucketTuning:
 
         If an exception ends the block, it was not the config's fault: what was recorded before is put back.
         """
-        trial = self._trial(config, "launch_error", message=_DIED, **facts)
+        trial = self._trial(config, "launch_error", message=DIED, **facts)
         before = self._database.same_key(trial)
-        if before is not None and before.message == _DIED:
-            trial = replace(trial, message=_DIED_AGAIN)
+        if before is not None and before.message == DIED:
+            trial = replace(trial, message=DIED_AGAIN)
         mine: Trial | None = None
         try:
             mine = self._database.record_trial(trial)

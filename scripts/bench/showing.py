@@ -11,7 +11,7 @@ from rich import table as rich_table
 from autofuse.targets import Target
 from bench.tables import Results, Table, Verdict, device_name, summary
 
-__all__ = ["DOCUMENT", "beginning", "line", "markdown", "replace_generated", "summary_lines", "terminal_table"]
+__all__ = ["DOCUMENT", "beginning", "grid", "line", "markdown", "replace_generated", "summary_lines", "terminal_table"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -129,6 +129,12 @@ def beginning(tables: Sequence[Table], results: Results) -> str:
     """The line of the document behind which these results stand: CPUs have a part of their own."""
     on_cpu = any(results.read(table.name).get("target", "").startswith("cpu:") for table in tables)
     return BEGIN_CPU if on_cpu else BEGIN
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its header."""
+    header, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *others))
 
 
 def replace_generated(document: str, generated: str, begin: str = BEGIN) -> str:
