@@ -24,7 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from autofuse.cache_db import TunedDatabase, Winner
+from autofuse.cache_db.agreement import CLOSE, Pair, pairs
+from autofuse.cache_db.exchange import read_export
 from autofuse.cache_db.records import now
 from autofuse.errors import AutofuseError, BadInput
 from autofuse.ops import get_op
@@ -37,19 +38,19 @@ from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.job import provenance_of
 from autofuse.tuner.measure import gain
 
-__all__ = ["Pair", "pairs", "summary"]
+__all__ = ["Measured", "in_common", "summary"]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The winners of one bucket in two databases.
+class Measured:
+    """Both winners of a bucket, timed side by side.
 
     Attributes:
-        ratio: time of the second ÷ time of the first, measured now; 1 where both are the same config.
+        ratio: time of the second ÷ time of the first; 1 where both are the same config.
+        low, high: its 95 % interval.
     """
 
-    one: Winner
-    two: Winner
+    pair: Pair
     ratio: float = 1.0
     low: float = 1.0
     high: float = 1.0
@@ -59,92 +60,85 @@ class Pair:
         """How many times as long the slower of both takes."""
         return max(self.ratio, 1 / self.ratio)
 
-    @property
-    def alike(self) -> bool | None:
-        """Whether both decide alike between fused and unfused; None where one's interval leaves that open."""
-        verdicts = [_verdict(winner) for winner in (self.one, self.two)]
-        return None if None in verdicts else verdicts[0] == verdicts[1]
-
     def as_dict(self) -> dict[str, Any]:
+        one, two = self.pair.a, self.pair.b
         return {
-            "problem": str(self.one.problem),
-            "tokens": self.one.tokens,
-            "configs": [str(self.one.config), str(self.two.config)],
-            "recorded_us": [self.one.time_us, self.two.time_us],
-            "gains": [self.one.gain, self.two.gain],
+            "problem": str(one.problem),
+            "tokens": one.tokens,
+            "configs": [str(one.config), str(two.config)],
+            "recorded_us": [one.time_us, two.time_us],
+            "gains": [one.gain, two.gain],
             "ratio": self.ratio,
             "interval": [self.low, self.high],
-            "alike": self.alike,
+            "alike": alike(self.pair),
         }
 
 
-def _verdict(winner: Winner) -> bool | None:
-    if winner.gain_low > 1:
-        return True
-    return False if winner.gain_high < 1 else None
+def alike(pair: Pair) -> bool | None:
+    """Whether both decide alike between fused and unfused; None where one's interval leaves that open."""
+    if any(winner.gain_low <= 1 <= winner.gain_high for winner in (pair.a, pair.b)):
+        return None
+    return not pair.contradicts
 
 
-def pairs(one: Path, two: Path, target: Target) -> list[Pair]:
+def in_common(one: Path, two: Path, target: Target) -> list[Pair]:
     """What both databases have a winner of that runs the kernels of this installation. Raises BadInput for nothing."""
-    found = []
-    for path in (one, two):
-        if not path.is_file():
-            raise BadInput(f"{path} is no file")
-        with TunedDatabase(path, read_only=True) as database:
-            rows = database.winners(target)
-        found.append({(w.problem, w.tokens): w for w in rows if w.source_hash in _sources(w, target)})
-    both = [Pair(found[0][key], found[1][key]) for key in found[0] if key in found[1]]
+    both = [pair for pair in pairs(read_export(one), read_export(two)) if _present(pair, target)]
     if not both:
         raise BadInput(f"{one} and {two} have no bucket of {target} in common that present kernels won")
     return both
 
 
-def _sources(winner: Winner, target: Target) -> tuple[str, ...]:
-    return get_op(winner.problem.op).source_hashes(target.kind)
+def _present(pair: Pair, target: Target) -> bool:
+    known = get_op(pair.a.problem.op).source_hashes(target.kind)
+    return all(winner.target == target and winner.source_hash in known for winner in (pair.a, pair.b))
 
 
-def measured(both: list[Pair], options: argparse.Namespace) -> list[Pair]:
+def measured(both: list[Pair], options: argparse.Namespace) -> list[Measured]:
+    """Times what differs. Raises BadInput if nothing could be timed."""
     device = parse_device(options.device)
     target = target_of(device)
     done = []
     with compile_pool(target.kind, target.arch) as pool, IsolatedBench(device, effort("default")) as bench:
         compiling = []
         for pair in both:
-            op = get_op(pair.one.problem.op)
-            configs = [pair.one.config, pair.two.config] if pair.one.config != pair.two.config else []
-            compiling.append(pool.submit([op.spec(target.kind, pair.one.problem, config) for config in configs]))
+            op = get_op(pair.a.problem.op)
+            configs = [] if pair.same_config else [pair.a.config, pair.b.config]
+            compiling.append(pool.submit([op.spec(target.kind, pair.a.problem, config) for config in configs]))
         for pair, futures in track(
             list(zip(both, compiling, strict=True)), console=Console(stderr=True), transient=True
         ):
             if not futures:
-                done.append(pair)
+                done.append(Measured(pair))
                 continue
             for future in futures:
                 future.result()
-            bench.open(pair.one.problem, pair.one.tokens, "+".join(_sources(pair.one, target)))
+            problem, tokens = pair.a.problem, pair.a.tokens
+            bench.open(problem, tokens, "+".join(get_op(problem.op).source_hashes(target.kind)))
             try:
-                compared = bench.interleave([pair.two.config, pair.one.config], options.rounds, seed=0)
+                compared = bench.interleave([pair.b.config, pair.a.config], options.rounds, seed=0)
             except CandidateFailed as failed:
-                print(f"{pair.one.problem} T={pair.one.tokens}: {failed.subject}: {failed}", file=sys.stderr)
+                print(f"{problem} T={tokens}: {failed.subject}: {failed}", file=sys.stderr)
                 continue
             found = gain(*compared.timings)
-            done.append(Pair(pair.one, pair.two, found.median, found.low, found.high))
+            done.append(Measured(pair, found.median, found.low, found.high))
     if not done:
         raise BadInput("not one pair of winners could be timed")
     return done
 
 
-def summary(done: list[Pair], within: float) -> dict[str, Any]:
+def summary(done: list[Measured], within: float) -> dict[str, Any]:
     """Over all buckets."""
-    slower = sorted(pair.slower for pair in done)
+    slower = sorted(each.slower for each in done)
+    verdicts = [alike(each.pair) for each in done]
     return {
         "buckets": len(done),
-        "same_config": sum(pair.one.config == pair.two.config for pair in done),
+        "same_config": sum(each.pair.same_config for each in done),
         "within": sum(each <= 1 + within for each in slower),
         "median_slower": median(slower),
         "worst_slower": slower[-1],
-        "decided": sum(pair.alike is not None for pair in done),
-        "decided_apart": sum(pair.alike is False for pair in done),
+        "decided": sum(verdict is not None for verdict in verdicts),
+        "decided_apart": sum(verdict is False for verdict in verdicts),
     }
 
 
@@ -154,20 +148,22 @@ def main() -> None:
     parser.add_argument("two", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--within", type=float, default=0.02, help="how much slower the worse of both may be")
+    parser.add_argument("--within", type=float, default=CLOSE, help="how much slower the worse of both may be")
     parser.add_argument("--json", type=Path, help="write all that was measured there")
     options = parser.parse_args()
     try:
         device = parse_device(options.device)
+        both = in_common(options.one, options.two, target_of(device))
         with device_lock([device], on_wait=lambda line: print(line, file=sys.stderr)):
-            done = measured(pairs(options.one, options.two, target_of(device)), options)
+            done = measured(both, options)
     except AutofuseError as error:
         sys.exit(f"compare_tunings: {error}")
     total = summary(done, options.within)
-    for pair in sorted(done, key=lambda pair: pair.slower, reverse=True):
-        if pair.slower > 1 + options.within or pair.alike is False:
-            print(f"{pair.one.problem} T={pair.one.tokens}: {pair.ratio:.3f} [{pair.low:.3f}, {pair.high:.3f}]")
-            print(f"    {pair.one.config}\n    {pair.two.config}")
+    for each in sorted(done, key=lambda each: each.slower, reverse=True):
+        one, two = each.pair.a, each.pair.b
+        if each.slower > 1 + options.within or alike(each.pair) is False:
+            print(f"{one.problem} T={one.tokens}: {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]")
+            print(f"    {one.config}\n    {two.config}")
     print(
         f"{total['buckets']} buckets, {total['same_config']} with the same config; {total['within']} within "
         f"{options.within:.0%}, median {total['median_slower']:.4f}, worst {total['worst_slower']:.3f}; "
@@ -175,7 +171,7 @@ def main() -> None:
     )
     if options.json:
         facts = {"measured_at": now(), "rounds": options.rounds, **provenance_of(device)}
-        content = {**facts, "summary": total, "pairs": [pair.as_dict() for pair in done]}
+        content = {**facts, "summary": total, "pairs": [each.as_dict() for each in done]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.exit(total["within"] < total["buckets"] or total["decided_apart"] > 0)
 

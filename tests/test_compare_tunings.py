@@ -13,6 +13,7 @@ import torch
 
 import compare_tunings
 from autofuse.cache_db import TunedDatabase, Winner
+from autofuse.cache_db.agreement import Pair
 from autofuse.errors import BadInput
 from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import target_of
@@ -68,9 +69,9 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     one = database(tmp_path / "one.db", winner(4, CONFIGS[0]))
     stale = database(tmp_path / "stale.db", winner(4, CONFIGS[0], source="0" * 16))
     with pytest.raises(BadInput, match=r"no bucket of .* in common"):
-        compare_tunings.pairs(one, stale, TARGET)
-    with pytest.raises(BadInput, match=r"none\.db is no file"):
-        compare_tunings.pairs(one, tmp_path / "none.db", TARGET)
+        compare_tunings.in_common(one, stale, TARGET)
+    with pytest.raises(BadInput, match=r"none\.db: there is no such file"):
+        compare_tunings.in_common(one, tmp_path / "none.db", TARGET)
     done = run(one, stale)
     assert done.returncode == 1
     assert done.stderr.startswith("compare_tunings: ")
@@ -78,8 +79,9 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_summary_names_the_worst() -> None:
-    pairs = [
-        compare_tunings.Pair(winner(t, CONFIGS[0]), winner(t, CONFIGS[0]), ratio) for t, ratio in ((1, 0.8), (2, 1.01))
+    done = [
+        compare_tunings.Measured(Pair(winner(t, CONFIGS[0]), winner(t, CONFIGS[0])), ratio)
+        for t, ratio in ((1, 0.8), (2, 1.01))
     ]
-    total = compare_tunings.summary(pairs, 0.02)
+    total = compare_tunings.summary(done, 0.02)
     assert (total["within"], total["worst_slower"]) == (1, 1 / 0.8)
