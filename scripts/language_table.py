@@ -2,10 +2,11 @@
 """The best of each template language in every bucket of a tuned database: the table of docs/triton.md.
 
     autofuse tune --model deepseek-v3 --tp 8 --tokens 1,4,16,64,256,1024,4096,8192 --database tuned.db
-    python scripts/language_table.py tuned.db --json benchmarks/h200/languages.json
+    python scripts/language_table.py tuned.db --measure cuda:0 --json benchmarks/h200/languages.json
     python scripts/language_table.py --markdown    # writes the table from that file into docs/triton.md
 
-It measures nothing. Times of both languages are those of the search, which timed them in one process; the winner's own
+Without --measure, times of both languages are those of the search, which timed each config by itself. With it, one
+process times the best config of both in turns, and how long the host is busy with one call of either. The winner's own
 time and gain come from rounds beside the unfused code.
 """
 
@@ -13,16 +14,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import track
+
 from autofuse.cache_db import TunedDatabase
+from autofuse.cache_db.records import now
 from autofuse.cache_db.rivals import rival_of
-from autofuse.ops import Problem
-from autofuse.ops.languages import language_of
+from autofuse.ops import Config, Problem, get_op
+from autofuse.ops.languages import CPP, TRITON, language_of
+from autofuse.runtime.plan import Plan
+from autofuse.targets import parse_device, target_of
+from autofuse.tuner.budgets import Effort, effort
+from autofuse.tuner.device_lock import device_lock
+from autofuse.tuner.job import provenance_of
+from autofuse.tuner.measure import example_ring, gain, interleave, runner
+from bench.measuring import free_memory, host_us, ours
 from bench.showing import grid, replace_generated
 
-__all__ = ["BEGIN", "DOCUMENT", "RECORDED", "rows_of", "table"]
+__all__ = ["BEGIN", "DOCUMENT", "RECORDED", "measure", "rows_of", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "benchmarks" / "h200" / "languages.json"
@@ -38,7 +53,8 @@ def rows_of(path: Path) -> dict[str, Any]:
         for winner in database.winners():
             if (rival := rival_of(database, winner)) is None:
                 continue
-            provenances[winner.provenance] = dict(database.provenance(winner.provenance))
+            if winner.provenance:
+                provenances[winner.provenance] = dict(database.provenance(winner.provenance))
             trial_us = rival.time_us / rival.ratio
             rows.append(
                 {
@@ -52,6 +68,34 @@ def rows_of(path: Path) -> dict[str, Any]:
                 }
             )
     return {"provenance": list(provenances.values()), "rows": rows}
+
+
+def measure(row: dict[str, Any], device: torch.device, effort: Effort) -> None:
+    """Times both configs of a row in turns: ``us`` anew, ``ratio`` (Triton's time ÷ that of C++) with its 95 %
+    ``interval``, and on a GPU ``host_us`` of a call of each.
+    """
+    problem, tokens = Problem.parse(row["problem"]), row["tokens"]
+    op, arch = get_op(problem.op), target_of(device).arch
+    ring = example_ring(op, problem, tokens, device, effort)
+    calls = {
+        language: ours(op, Plan(arch, problem, ((tokens, Config.parse(config)),)))
+        for language, config in row["configs"].items()
+    }
+    prepared = [runner(call, ring, device, effort) for call in calls.values()]
+    timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
+    ratio = gain(timings[TRITON], timings[CPP])
+    row["us"] = {language: timing.median_us for language, timing in timings.items()}
+    row["ratio"], row["interval"] = ratio.median, [ratio.low, ratio.high]
+    if device.type == "cuda":
+        row["host_us"] = {language: host_us(call, ring.sets[0]) for language, call in calls.items()}
+
+
+def host_difference(content: dict[str, Any]) -> str:
+    """By how many µs a call of a kernel in Triton keeps the host longer than one in C++."""
+    apart = sorted(row["host_us"][TRITON] - row["host_us"][CPP] for row in content["rows"] if "host_us" in row)
+    if not apart:
+        return "host times were not measured"
+    return f"a call in Triton keeps the host {median(apart):+.2f} µs longer, at most {apart[-1]:+.2f}"
 
 
 def table(content: dict[str, Any]) -> str:
@@ -79,12 +123,21 @@ def _name(problem: Problem) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("database", type=Path, nargs="?")
-    parser.add_argument("--json", type=Path, help="write what the database says there")
+    parser.add_argument("--measure", metavar="DEVICE", help="time both languages side by side there")
+    parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {DOCUMENT.relative_to(ROOT)}")
     options = parser.parse_args()
     content = (
         json.loads(RECORDED.read_text(encoding="utf-8")) if options.database is None else rows_of(options.database)
     )
+    if options.measure:
+        device = parse_device(options.measure)
+        with device_lock([device], on_wait=lambda line: print(line, file=sys.stderr)):
+            for row in track(content["rows"], console=Console(stderr=True), transient=True):
+                measure(row, device, effort("default"))
+                free_memory(device)
+        content["measured"] = {"measured_at": now(), **provenance_of(device)}
+        print(host_difference(content), file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.markdown:

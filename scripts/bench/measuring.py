@@ -22,7 +22,7 @@ from autofuse.tuner.budgets import Effort
 from autofuse.tuner.measure import Ring, example_ring, gain, interleave, runner
 from bench.tables import LARGE_TOKENS
 
-__all__ = ["bandwidth", "free_memory", "measured_row"]
+__all__ = ["bandwidth", "free_memory", "host_us", "measured_row", "ours"]
 
 logger = logging.getLogger("autofuse.bench")
 
@@ -51,7 +51,7 @@ def measured_row(
     start = time.perf_counter()
     ring = example_ring(op, problem, tokens, device, effort)
     plan = Plan(target_of(device).arch, problem, ((tokens, winner.config),))
-    calls = {"ours": _ours(op, plan), **baseline_calls(op, ring.sets[0])}
+    calls = {"ours": ours(op, plan), **baseline_calls(op, ring.sets[0])}
     if compile_plus:
         calls |= _tuned_compile(op, ring, device)
     if tokens >= LARGE_TOKENS:
@@ -78,7 +78,7 @@ def measured_row(
         "gain_high": ratio.high,
         "gain_over": better,
         "error_in_tolerances": _error(op, problem, calls["ours"], ring.sets[0]),
-        "host_us": _host_us(calls["ours"], ring.sets[0]) if device.type == "cuda" else None,
+        "host_us": host_us(calls["ours"], ring.sets[0]) if device.type == "cuda" else None,
         "bytes": moved,
         "bandwidth_bytes_per_us": bytes_per_us,
         "config": str(winner.config),
@@ -95,7 +95,8 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _ours(op: FusedOp, plan: Plan) -> Call:
+def ours(op: FusedOp, plan: Plan) -> Call:
+    """The fused op with a plan's configs, as a compiled graph calls it."""
     overload, text = getattr(torch.ops.autofuse, op.name).default, str(plan)
     return lambda *args: overload(*args, text)
 
@@ -131,7 +132,7 @@ def _error(op: FusedOp, problem: Problem, call: Call, args: tuple[Any, ...]) -> 
     return max(op.tolerance(problem, index).error(out, exact) for index, (out, exact) in enumerate(pairs))
 
 
-def _host_us(call: Call, args: tuple[Any, ...]) -> float:
+def host_us(call: Call, args: tuple[Any, ...]) -> float:
     """Host time of one call with the allocation of its results: the median of 30 rounds of 100 calls."""
     rounds = []
     for _ in range(31):
