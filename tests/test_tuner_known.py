@@ -68,14 +68,21 @@ def test_what_comes_later_from_elsewhere_is_tried_though_all_trials_were_made(ti
         assert tuned(database, searched) == []
 
 
-@pytest.mark.parametrize(("changed", "again"), [({"sm_clock_mhz": 345.0}, False), ({"driver": "another"}, True)])
-def test_a_failure_holds_as_long_as_the_software_does(changed: dict[str, str | float], again: bool) -> None:
+@pytest.mark.parametrize(
+    ("changed", "status", "again"),
+    [
+        ({"sm_clock_mhz": 345.0}, "launch_error", False),
+        ({"driver": "another"}, "launch_error", True),
+        ({}, "out_of_memory", True),  # others may have had the memory
+    ],
+)
+def test_a_failure_holds_as_long_as_its_cause_may(changed: dict[str, str | float], status: str, again: bool) -> None:
     present = {**provenance_of(CPU), "sm_clock_mhz": 1980.0}
     config = NORMS.default_config("cpu", PROBLEM, BUCKET.tokens)
     with TunedDatabase() as database:
         then = database.record_provenance({**present, **changed})
         source = NORMS.source_hash("cpu")
-        database.record_trial(Trial(HERE, PROBLEM, 4, config, source, "launch_error", message="no", provenance=then))
+        database.record_trial(Trial(HERE, PROBLEM, 4, config, source, status, message="no", provenance=then))
         assert (config not in known_of(database, HERE, BUCKET, present).trials) == again
 
 

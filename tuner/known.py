@@ -57,13 +57,15 @@ def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Ef
 
 
 def _holds(trial: Trial, alike: Mapping[str, bool]) -> bool:
-    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, and one death
-    of the tuning process may have had any reason.
+    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, one death
+    of the tuning process may have had any reason, and memory may have been short because others had it.
 
     Args:
         alike: provenance of failures → whether it is of the present software.
     """
-    return not trial.failed or (alike[trial.provenance] and trial.message != DIED)
+    if not trial.failed:
+        return True
+    return alike[trial.provenance] and trial.message != DIED and trial.status != "out_of_memory"
 
 
 def _same_software(one: Provenance, other: Provenance) -> bool:
