@@ -237,3 +237,31 @@ def test_settings_for_other_kernels_do_not_reach_ours(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not here"))
     assert toolchain("cuda").compile(spec(), "sm_90a").path.exists()
     assert not (tmp_path / "not here").exists()
+
+
+# Tensor memory of Blackwell: what a kernel allocates itself
+
+
+@needs_triton
+def test_a_product_may_use_tensor_memory(assembly: Callable[[KernelSpec, str], str]) -> None:
+    op = get_op("mla_v_up_quant")
+    problem = op.make_problem(
+        dtype="bf16", heads=16, kv_lora_rank=512, v_head_dim=128, group=128, ue8m0=0, layout=0, w_constant=1
+    )
+    tile = Config.of(COLUMNS=128, DEPTH=64, NUM_STAGES=2, NUM_WARPS=8, PDL=2, TOKENS=128, TRITON=1)
+    assert "tcgen05.alloc" in assembly(op.spec("cuda", problem, tile), "sm_100a")
+
+
+@pytest.mark.parametrize(("columns", "fits"), [(0, True), (512, True), (513, False)])
+def test_no_kernel_has_more_tensor_memory_than_there_is(
+    columns: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_target, "_version", lambda: "3.9.0")
+    made = spec()
+    assert made.triton is not None
+    answer = {"name": made.entry, "num_warps": made.triton.num_warps, "scratch": {}, "tensor_memory": columns}
+    if fits:
+        triton_target._check_launchable(made, answer, "a kernel")
+    else:
+        with pytest.raises(CompileError, match="needs 513 columns of tensor memory, of which there are 512"):
+            triton_target._check_launchable(made, answer, "a kernel")

@@ -33,6 +33,7 @@ _RANGE = "3.6 to 3.9"
 _LIMIT_S = 300.0
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_LIBDEVICE_PATH")
 _FIRST_WITH_PDL, _FIRST_WITH_FP8 = 90, 89  # compute capability × 10
+_TENSOR_MEMORY = 512  # columns, of a Blackwell SM; a kernel allocates there itself, and its launch says nothing of it
 _NOTHING = ctypes.c_void_p(None)
 _INSTALL = f"install triton {_RANGE} to have kernels in Triton tuned as well"
 
@@ -187,6 +188,8 @@ def _check_launchable(spec: KernelSpec, answer: Mapping[str, Any], what: str) ->
         wrong = f"it has {answer['num_warps']} warps in place of {spec.triton.num_warps}"
     elif answer["scratch"]:
         wrong = f"it needs memory besides its arguments: {answer['scratch']}"
+    elif answer["tensor_memory"] > _TENSOR_MEMORY:
+        wrong = f"it needs {answer['tensor_memory']} columns of tensor memory, of which there are {_TENSOR_MEMORY}"
     if wrong:
         raise CompileError(f"Triton {_version()} makes a kernel of {what} that cannot be launched: {wrong}")
 

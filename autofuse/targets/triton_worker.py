@@ -52,7 +52,7 @@ def _compiled(request: dict[str, Any]) -> dict[str, Any]:
     source = ASTSource(kernel, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget(*request["target"]), options=request["options"])
     facts = done.metadata._asdict()
-    hidden = {name: facts.get(name) for name in ("global_scratch_size", "profile_scratch_size", "tmem_size")}
+    hidden = {name: facts.get(name) for name in ("global_scratch_size", "profile_scratch_size")}
     extension = "cubin" if "cubin" in done.asm else "hsaco"
     Path(request["folder"], "kernel.bin").write_bytes(done.asm[extension])
     return {
@@ -60,6 +60,7 @@ def _compiled(request: dict[str, Any]) -> dict[str, Any]:
         "num_warps": facts["num_warps"],
         "shared_bytes": facts["shared"],
         "scratch": {name: size for name, size in hidden.items() if size},
+        "tensor_memory": facts.get("tmem_size") or 0,
         "assembly": done.asm["ptx"] if "ptx" in done.asm else done.asm["amdgcn"],
     }
 
