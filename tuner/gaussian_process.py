@@ -1,8 +1,9 @@
 """A Gaussian process over the configs of a search space, for landscapes of a hundred measured configs at most.
 
-A config is a point of a grid: for each tunable, the place of its value among the tunable's sorted values. Two configs
-are alike as exp(-Σ |place - place'| / length), a length for each tunable (the exponential kernel: a doubled tile may
-change a time abruptly, so no smoothness is assumed). Formulas: Rasmussen & Williams, "Gaussian Processes for Machine
+A config is a point: for each tunable, the place of its value among the tunable's sorted values, and more coordinates
+whose unit is a step of about that size, such as the logarithm of a size to the base 2. Two configs are alike as
+exp(-Σ |difference| / length), a length for each coordinate (the exponential kernel: a doubled tile may change a time
+abruptly, so no smoothness is assumed). Formulas: Rasmussen & Williams, "Gaussian Processes for Machine
 Learning" (2006), 2.25 and 2.26 for the posterior, 5.8 for the likelihood, in which the signal's variance is replaced by
 its most likely value. Everything is in float64 on the CPU.
 """
@@ -14,17 +15,17 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GaussianProcess", "Posterior"]
+__all__ = ["GaussianProcess", "Points", "Posterior"]
 
 Array = NDArray[np.float64]
-Points = NDArray[np.int64]
-"""[points, tunables]: places of values."""
+Points = NDArray[np.float64]
+"""[points, coordinates]."""
 
 _LENGTHS = np.log(
     [0.3, 0.6, 1.2, 2.4, 5.0, 10.0, 25.0]
-)  # far enough to either side that a tunable may not matter at all
+)  # far enough to either side that a coordinate may not matter at all
 _NOISES = (0.0075, 0.015, 0.03, 0.06, 0.12, 0.24)  # standard deviations, in units of the signal's
-_USUAL_LENGTH, _LENGTH_SPREAD = math.log(5.0), 0.8  # a log-normal prior: few points say little about eight lengths
+_USUAL_LENGTH, _LENGTH_SPREAD = math.log(2.5), 0.8  # a log-normal prior: few points say little about ten lengths
 _SWEEPS = 2  # over the lengths, in one fit
 _OPTIMISM = 3.0  # standard deviations
 _LEAST_VARIANCE = 1e-9  # of the signal's
@@ -33,11 +34,11 @@ _LEAST_VARIANCE = 1e-9  # of the signal's
 class GaussianProcess:
     """What a few measured values say about all the others.
 
-    Args: tunables: how many coordinates a point has.
+    Args: coordinates: how many a point has.
     """
 
-    def __init__(self, tunables: int) -> None:
-        self._lengths = np.full(tunables, _LENGTHS[3])  # logarithms; they start from what the last fit found
+    def __init__(self, coordinates: int) -> None:
+        self._lengths = np.full(coordinates, _LENGTHS[3])  # logarithms; they start from what the last fit found
         self._noise = _NOISES[2]
 
     def fit(self, points: Points, values: Array) -> None:
@@ -47,13 +48,13 @@ class GaussianProcess:
         self._points = points
         self._mean = float(values.mean())
         centred = values - self._mean
-        apart = np.abs(points[:, None, :] - points[None, :, :]).astype(np.float64)
+        apart = np.abs(points[:, None, :] - points[None, :, :])
 
         best = self._likelihood(apart, centred, self._lengths, self._noise)
-        for tunable in list(range(len(self._lengths))) * _SWEEPS:
-            for length in _beside(_LENGTHS, self._lengths[tunable]):
+        for coordinate in list(range(len(self._lengths))) * _SWEEPS:
+            for length in _beside(_LENGTHS, self._lengths[coordinate]):
                 lengths = self._lengths.copy()
-                lengths[tunable] = length
+                lengths[coordinate] = length
                 if (likelihood := self._likelihood(apart, centred, lengths, self._noise)) > best:
                     best, self._lengths = likelihood, lengths
         for noise in _beside(_NOISES, self._noise):
@@ -73,8 +74,8 @@ class GaussianProcess:
 
     def _alike(self, some: Points, others: Points) -> Array:
         apart = np.zeros((len(some), len(others)))
-        for tunable, length in enumerate(np.exp(self._lengths)):
-            apart += np.abs(some[:, tunable, None] - others[None, :, tunable]) / length
+        for coordinate, length in enumerate(np.exp(self._lengths)):
+            apart += np.abs(some[:, coordinate, None] - others[None, :, coordinate]) / length
         return np.exp(-apart)
 
     @staticmethod
@@ -125,7 +126,7 @@ class Posterior:
 
 
 def _covariance(apart: Array, lengths: Array, noise: float) -> Array:
-    """Of the points with these distances by tunable, the signal's variance being 1."""
+    """Of the points with these distances by coordinate, the signal's variance being 1."""
     covariance: Array = np.exp(-(apart @ np.exp(-lengths)))
     covariance[np.diag_indices(len(covariance))] += noise**2
     return covariance

@@ -2,7 +2,9 @@
 
 optuna's own samplers draw each tunable by itself: what they propose may break a constraint or be known already, and is
 asked again. Here all configs that are allowed are enumerated (there are some thousands), a Gaussian process learns the
-logarithm of the times, and the config with the largest expected improvement is proposed, each once. Every fourth time
+logarithm of the times, and the config with the largest expected improvement is proposed, each once. A config is a point
+whose coordinates are its tunables and whatever else is told of it: that twice the rows in half the warps make the same
+number of blocks is not to be seen from the tunables. Every fourth time
 it is the config that would be the fastest if all went as well as may be: a model that is too sure of itself would never
 look elsewhere. Proposals that are still running are taken to be as fast as the process believes, and so several can be
 asked for at a time.
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,9 +25,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from autofuse.ops import Config
-from autofuse.tuner.gaussian_process import GaussianProcess, Posterior
+from autofuse.tuner.gaussian_process import GaussianProcess, Points, Posterior
 
-__all__ = ["ConfigSampler"]
+__all__ = ["ConfigSampler", "Described"]
+
+Described = Callable[[Config], Sequence[float]]
+"""Coordinates of a config besides its tunables."""
 
 _FEWEST = 2  # measured configs, before there is anything to learn
 _EXPLORE_EACH = 4  # proposals
@@ -40,9 +46,12 @@ class ConfigSampler(BaseSampler):
         configs: what may be proposed.
         startup_trials: so many trials, however they came about, before a random config gives way to a model's.
         seed: the same seed and the same outcomes give the same proposals.
+        described: a config → more of its coordinates, always as many.
     """
 
-    def __init__(self, configs: Sequence[Config], startup_trials: int, seed: int) -> None:
+    def __init__(
+        self, configs: Sequence[Config], startup_trials: int, seed: int, described: Described | None = None
+    ) -> None:
         self._configs = list(configs)
         self._places = {config: place for place, config in enumerate(self._configs)}
         values = {name: sorted({config[name] for config in self._configs}) for name in self._configs[0]}
@@ -50,9 +59,8 @@ class ConfigSampler(BaseSampler):
             name: CategoricalDistribution(each) for name, each in values.items()
         }
         """For ``Study.ask``: of all tunables, with the values that some config has."""
-        rank = {name: {value: at for at, value in enumerate(each)} for name, each in values.items()}
-        self._points = np.array([[rank[name][config[name]] for name in values] for config in self._configs])
-        self._process = GaussianProcess(len(values))
+        self._values = values
+        self._described = described
         self._startup_trials = startup_trials
         self._random = random.Random(seed)
         self._learnt: frozenset[int] = frozenset()  # trials that the posterior is of
@@ -63,6 +71,20 @@ class ConfigSampler(BaseSampler):
         self.expected_gain = math.inf
         """By what share the most promising config is expected to be faster than the best: 0.01 for 1 %. Infinite before
         there is a model."""
+
+    @cached_property
+    def _points(self) -> Points:
+        """Of all configs. They take a while, and a search that is never asked for a model's proposal needs none."""
+        ranks = {name: {value: at for at, value in enumerate(each)} for name, each in self._values.items()}
+        described = self._described or (lambda config: ())
+        return np.array(
+            [[*(rank[config[name]] for name, rank in ranks.items()), *described(config)] for config in self._configs],
+            dtype=np.float64,
+        )
+
+    @cached_property
+    def _process(self) -> GaussianProcess:
+        return GaussianProcess(self._points.shape[1])
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.distributions

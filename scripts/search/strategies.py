@@ -10,9 +10,9 @@ from dataclasses import replace
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from autofuse.ops import Config
+from autofuse.ops import OPS, Config
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.search import ModelSearch
+from autofuse.tuner.search import ModelSearch, launch_size
 from search.recorded import Recorded
 
 __all__ = ["OPTUNA", "SIMPLE", "Strategy"]
@@ -35,7 +35,10 @@ def without_default(recorded: Recorded, trials: int, seed: int) -> Iterator[Conf
 
 def _ours(recorded: Recorded, trials: int, seed: int, first: list[Config]) -> Iterator[Config]:
     effort = replace(Effort(), trials=trials, settled=0.0)
-    search = ModelSearch(recorded.space, recorded.problem, recorded.tokens, {}, first, effort, seed)
+    problem, tokens = recorded.problem, recorded.tokens
+    op = OPS.get(problem.op)  # None for a space that was made up
+    described = launch_size(op, recorded.kind, problem, tokens) if op else None
+    search = ModelSearch(recorded.space, problem, tokens, {}, first, effort, seed, described=described)
     for batch in search.batches():
         for config in batch:
             yield config
