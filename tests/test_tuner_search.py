@@ -12,7 +12,7 @@ from autofuse.ops import Config, get_op
 from autofuse.tuner.budgets import EFFORTS, Effort, effort
 from autofuse.tuner.measure import Timing, gain
 from autofuse.tuner.sampler import Described
-from autofuse.tuner.search import ExhaustiveSearch, ModelSearch, Search, launch_size, search_in
+from autofuse.tuner.search import ExhaustiveSearch, ModelSearch, Search, grid_size, search_in
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=1536, kv_lora_rank=512, cast_before_weight=True)
@@ -127,11 +127,9 @@ def test_what_is_tried_first_is_tried_even_by_a_search_that_was_nearly_done() ->
 
 
 def test_the_model_is_told_what_a_launch_comes_to() -> None:
-    described = launch_size(NORMS, "cuda", PROBLEM, TOKENS)
+    described = grid_size(NORMS, PROBLEM, TOKENS)
     config = NORMS.default_config("cuda", PROBLEM, TOKENS)
-    threads, blocks = described(config)
-    assert 2**threads == NORMS.spec("cuda", PROBLEM, config).block
-    assert 2**blocks == pytest.approx(NORMS.launch_shape(PROBLEM, config).blocks(TOKENS))
+    assert 2 ** described(config)[0] == pytest.approx(NORMS.launch_shape(PROBLEM, config).blocks(TOKENS))
 
     def seen(described: Described | None) -> list[Config]:
         search = ModelSearch(SPACE, PROBLEM, TOKENS, {}, [config], EFFORT, seed=0, described=described)
@@ -145,8 +143,8 @@ def test_the_model_is_told_what_a_launch_comes_to() -> None:
 
 
 def test_no_blocks_are_as_many_as_one() -> None:
-    described = launch_size(NORMS, "cuda", PROBLEM, 0)
-    assert described(NORMS.default_config("cuda", PROBLEM, 1))[1] == 0.0
+    described = grid_size(NORMS, PROBLEM, 0)
+    assert described(NORMS.default_config("cuda", PROBLEM, 1)) == (0.0,)
 
 
 def test_a_search_does_not_stop_before_it_has_measured_enough_or_everything() -> None:

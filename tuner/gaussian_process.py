@@ -25,7 +25,7 @@ _LENGTHS = np.log(
     [0.3, 0.6, 1.2, 2.4, 5.0, 10.0, 25.0]
 )  # far enough to either side that a coordinate may not matter at all
 _NOISES = (0.0075, 0.015, 0.03, 0.06, 0.12, 0.24)  # standard deviations, in units of the signal's
-_USUAL_LENGTH, _LENGTH_SPREAD = math.log(2.5), 0.8  # a log-normal prior: few points say little about ten lengths
+_USUAL_LENGTH, _LENGTH_SPREAD = math.log(3.5), 0.8  # a log-normal prior: few points say little about ten lengths
 _SWEEPS = 2  # over the lengths, in one fit
 _OPTIMISM = 3.0  # standard deviations
 _LEAST_VARIANCE = 1e-9  # of the signal's

@@ -32,7 +32,7 @@ from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.queue import Bucket, BucketQueue, Share
-from autofuse.tuner.search import launch_size, search_for
+from autofuse.tuner.search import grid_size, search_for
 from autofuse.tuner.ties import choose
 
 __all__ = [
@@ -224,7 +224,7 @@ class _BucketTuning:
         known = {} if retune else before.trials
         times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
         first, imported = self._first_configs(), self._imported()
-        described = launch_size(self._op, self._target.kind, self._problem, self._tokens)
+        described = grid_size(self._op, self._problem, self._tokens)
         search = search_for(
             self._kernels, self._problem, self._tokens, times, first, self._effort, seed, imported, described
         )

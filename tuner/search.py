@@ -14,7 +14,7 @@ from autofuse.ops.languages import TRITON, language_of
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.sampler import ConfigSampler, Described
 
-__all__ = ["ExhaustiveSearch", "LanguageSearch", "ModelSearch", "Search", "launch_size", "search_for", "search_in"]
+__all__ = ["ExhaustiveSearch", "LanguageSearch", "ModelSearch", "Search", "grid_size", "search_for", "search_in"]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would tell of every trial
 
@@ -79,7 +79,7 @@ class ModelSearch(Search):
         first: configs to try before all others (the default config, winners of other buckets).
         seed: of the sampler.
         wanted: of ``first``, configs that are tried even if the effort's trials were made already.
-        described: see ``ConfigSampler``; ``launch_size`` for a kernel's configs.
+        described: see ``ConfigSampler``; ``grid_size``.
     """
 
     def __init__(
@@ -227,17 +227,15 @@ def search_in(
     return ModelSearch(space, problem, tokens, known, first, effort, seed, wanted, described)
 
 
-def launch_size(op: FusedOp, kind: str, problem: Problem, tokens: int) -> Described:
-    """What of a launch follows from several tunables at once: threads of a block, and blocks, as powers of two.
+def grid_size(op: FusedOp, problem: Problem, tokens: int) -> Described:
+    """How many blocks a launch has, as a power of two: what follows from several tunables at once, and from T.
 
-    Kernels lie close in time where these do. Told only the tunables, the model was far too sure: of the configs within
-    5 % of the best that one tuning of 64 buckets on an H200 found, it gave 14 % more than three of its standard
-    deviations too long a time after the trials of another; with these coordinates and shorter lengths 5 %.
+    Told only the tunables, the model is far too sure of itself. Of the configs within 5 % of the best that one tuning
+    of 64 buckets on an H200 came across and another did not, a model of the other's trials took 14 % for slower than
+    they are by more than three of its standard deviations; knowing the blocks, and with shorter lengths, 8 %.
     """
 
-    def described(config: Config) -> tuple[float, float]:
-        threads = op.spec(kind, problem, config).block
-        blocks = op.launch_shape(problem, config).blocks(tokens)
-        return math.log2(threads), math.log2(max(blocks, 1))
+    def described(config: Config) -> tuple[float]:
+        return (math.log2(max(op.launch_shape(problem, config).blocks(tokens), 1)),)
 
     return described

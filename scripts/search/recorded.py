@@ -64,11 +64,6 @@ class Recorded:
         return RecordedSpace(tunables, (recorded,), tuple(self.outcomes))
 
     @property
-    def kind(self) -> str:
-        """Of the target: ``cuda``, ``hip`` or ``cpu``."""
-        return self.target.split(":", 1)[0]
-
-    @property
     def name(self) -> str:
         return f"{self.problem.op} T={self.tokens}"
 

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from autofuse.ops import OPS, Config
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.search import ModelSearch, launch_size
+from autofuse.tuner.search import ModelSearch, grid_size
 from search.recorded import Recorded
 
 __all__ = ["OPTUNA", "SIMPLE", "Strategy"]
@@ -37,7 +37,7 @@ def _ours(recorded: Recorded, trials: int, seed: int, first: list[Config]) -> It
     effort = replace(Effort(), trials=trials, settled=0.0)
     problem, tokens = recorded.problem, recorded.tokens
     op = OPS.get(problem.op)  # None for a space that was made up
-    described = launch_size(op, recorded.kind, problem, tokens) if op else None
+    described = grid_size(op, problem, tokens) if op else None
     search = ModelSearch(recorded.space, problem, tokens, {}, first, effort, seed, described=described)
     for batch in search.batches():
         for config in batch:
