@@ -18,7 +18,6 @@ from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavai
 from autofuse.graph.alignment import Loads, loads_of, misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
 from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared, read_tuned
-from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.pinned import pinned_database
@@ -199,9 +198,7 @@ class Decider:
             return decision
         if plan not in self._loads:
             self._loads[plan] = loads_of(op, plan)
-        with on_fakes(fake_mode_of(None)):
-            tensors = site.tensors()
-        if (why := misalignment(op, self._loads[plan], tensors)) is None:
+        if (why := misalignment(op, self._loads[plan], site.tensors())) is None:
             return decision
         return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 

@@ -18,7 +18,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, HeadRows, RopeBlock, RopeRead, Slots
-from autofuse.graph.fakes import fake_mode_of, on_fakes
+from autofuse.graph.fakes import fake_mode_of, on_layouts
 from autofuse.graph.moves import RefusedError, nodes_to_hoist
 from autofuse.graph.recognise.nodes import concrete, dtype_of, product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement
@@ -44,7 +44,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 Call = Callable[..., Any]
-"""``Replacement.call``, or the same on fake tensors, where a copy is an error."""
+"""``Replacement.call``, or the same on tensors, where a copy is an error."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,23 @@ class HeadSource:
         return node
 
     def fake(self) -> torch.Tensor:
-        """[T, H, width] on fake tensors. Raises RefusedError if that would be a copy."""
+        """The layout of [T, H, width], as ``on_layouts`` says. Raises RefusedError if that would be a copy."""
         return self._fake
 
     @cached_property
     def _fake(self) -> torch.Tensor:
         value = tensor(self.rows.node)
-        return _without_copy(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
+        values = [value, *map(tensor, self.views)]
+        return _without_copy(lambda call: self.build(call, value), values, f"{self.rows.node} cannot be seen as heads")
 
 
 def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
-    """The result of ``function(call)``, whose calls are made on fake tensors, and copy nothing. Raises RefusedError."""
-    mode = fake_mode_of(values)
-    if mode is None:
+    """The layout of the result of ``function(call)``, whose calls copy nothing. Raises RefusedError.
+
+    Args:
+        values: tensors and sizes that the calls are made with.
+    """
+    if fake_mode_of(values) is None:
         raise RefusedError(f"{what}: it has no fake tensor")
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +144,7 @@ def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: 
         args, kwargs = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         return target(*args, **kwargs)
 
-    with on_fakes(mode):
+    with on_layouts(*values):
         try:
             return function(call)
         except (RuntimeError, ValueError):
@@ -408,7 +412,7 @@ class CacheArgument:
     dims: tuple[int, ...] = (0, 1, 2, 3)
 
     def fake(self) -> torch.Tensor:
-        """The argument on fake tensors. Raises RefusedError."""
+        """The layout of the argument, as ``on_layouts`` says. Raises RefusedError."""
         value = tensor(self.root)
         assert value is not None
         if concrete(value.storage_offset()) != 0 and not self.is_whole:
@@ -416,7 +420,7 @@ class CacheArgument:
         sizes, strides, offset = self.layout
         return _without_copy(
             lambda call: call(aten.as_strided.default, value, sizes, strides, offset),
-            [value],
+            [value, *sizes, *strides, offset],
             f"{self.root} cannot be seen as a cache",
         )
 

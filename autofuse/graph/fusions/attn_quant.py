@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Found, HeadwiseLinearBlock, QuantBlock
 from autofuse.graph.constants import is_constant
+from autofuse.graph.fakes import layout_view
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation
 from autofuse.graph.recognise.nodes import concrete, tensor
@@ -44,7 +45,7 @@ class AttnQuantSite(Site):
         latent, weight = tensor(self.linear.rows), tensor(self.linear.weight)
         assert latent is not None
         assert weight is not None
-        return {0: latent.transpose(0, 1), 1: weight}
+        return {0: layout_view(latent, lambda rows: rows.transpose(0, 1)), 1: weight}
 
     def note(self) -> str:
         return self.quant.rounding

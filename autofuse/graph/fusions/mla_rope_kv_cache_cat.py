@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import AbsorbedQueryBlock, CacheWriteBlock, Found, HeadRows, RopeRead
+from autofuse.graph.fakes import layout_view
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.fusions.rope_pairs import (
     RopePair,
@@ -116,9 +117,11 @@ class MlaRopeSite(Site):
     def tensors(self) -> Mapping[int, torch.Tensor]:
         rows = {"q_pe": self.q_pe, "kv_c": self.kv_c, "k_pe": self.k_pe, "q_nope": self.q_nope}
         found = {name: source.fake() for name, source in rows.items() if source is not None}
-        found.update({name: found[name].select(1, 0) for name in ("kv_c", "k_pe") if name in found})
+        for name in ("kv_c", "k_pe"):
+            if name in found:
+                found[name] = layout_view(found[name], lambda heads: heads.select(1, 0))
         if self.absorbed is not None:
-            found["q_nope"] = self.absorbed.rows.meta["val"].transpose(0, 1)
+            found["q_nope"] = layout_view(self.absorbed.rows.meta["val"], lambda rows: rows.transpose(0, 1))
             found["w_uk"] = self.absorbed.weight.meta["val"]
         if self.pair.q.angles.table is not None:
             found["cos_sin_cache"] = self.pair.q.angles.table.meta["val"]
