@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -65,6 +65,7 @@ class HeadSource:
     heads_at: int | None
     width: int
     views: tuple[Node, ...] = ()
+    _fakes: dict[bool, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def heads(self) -> int:
@@ -83,8 +84,9 @@ class HeadSource:
         rows = HeadRows(self.rows.node, self.rows.first + first, self.rows.heads, self.rows.stride)
         return HeadSource(rows, self.frame, self.tokens_at, self.heads_at, width, self.views)
 
-    def build(self, call: Call, node: Any) -> Any:
-        """[T, H, width] of what ``rows.node`` is."""
+    def build(self, call: Call, node: Any, flat: bool = False) -> Any:
+        """[T, H, width] of what ``rows.node`` is; ``flat``: [T, width], where H is 1."""
+        dims = 2 if flat else 3
         for view in self.views:
             node = call(view.target, node, *view.args[1:])
         rows = self.rows
@@ -101,32 +103,31 @@ class HeadSource:
                 raise RefusedError(f"{rows.heads} heads of {rows.stride} columns do not lie in {rows.node}")
             if (start, whole) != (0, last):
                 node = call(aten.slice.Tensor, node, 1, start, start + whole)
-            node, begin, last = (
-                call(aten.reshape.default, node, [-1, rows.heads, rows.stride]),
-                begin - start,
-                rows.stride,
-            )
+            begin, last = begin - start, rows.stride
+            if not flat:
+                node = call(aten.reshape.default, node, [-1, rows.heads, last])
         else:
             for _ in range(len(self.frame) + 1 - len(_sizes(node))):
                 node = call(aten.unsqueeze.default, node, 0)
             order = [*self.tokens_at, *([] if self.heads_at is None else [self.heads_at]), len(self.frame)]
             if order != sorted(order):
                 node = call(aten.permute.default, node, order)
-            if len(order) != 3 or self.heads_at is None:
-                node = call(aten.reshape.default, node, [-1, self.heads, last])
+            if len(order) != dims or (self.heads_at is None and not flat):
+                node = call(aten.reshape.default, node, [-1, last] if flat else [-1, self.heads, last])
         if (begin, self.width) != (0, last):
-            node = call(aten.slice.Tensor, node, 2, begin, begin + self.width)
+            node = call(aten.slice.Tensor, node, dims - 1, begin, begin + self.width)
         return node
 
-    def fake(self) -> torch.Tensor:
-        """The layout of [T, H, width], as ``on_layouts`` says. Raises RefusedError if that would be a copy."""
-        return self._fake
-
-    @cached_property
-    def _fake(self) -> torch.Tensor:
-        value = tensor(self.rows.node)
-        values = [value, *map(tensor, self.views)]
-        return _without_copy(lambda call: self.build(call, value), values, f"{self.rows.node} cannot be seen as heads")
+    def fake(self, flat: bool = False) -> torch.Tensor:
+        """The layout of what is built, as ``on_layouts`` says. Raises RefusedError if that would be a copy."""
+        if flat not in self._fakes:
+            value = tensor(self.rows.node)
+            self._fakes[flat] = _without_copy(
+                lambda call: self.build(call, value, flat),
+                [value, *map(tensor, self.views)],
+                f"{self.rows.node} cannot be seen as heads",
+            )
+        return self._fakes[flat]
 
 
 def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
@@ -413,6 +414,10 @@ class CacheArgument:
 
     def fake(self) -> torch.Tensor:
         """The layout of the argument, as ``on_layouts`` says. Raises RefusedError."""
+        return self._fake
+
+    @cached_property
+    def _fake(self) -> torch.Tensor:
         value = tensor(self.root)
         assert value is not None
         if concrete(value.storage_offset()) != 0 and not self.is_whole:

@@ -59,7 +59,12 @@ _ON_THE_WAY = (
     aten.view_as_real.default,
     aten.unsqueeze.default,
 )
-_MAY_HOLD_SUMS = (aten.copy.default, aten.slice_scatter.default, aten.view_as_real.default, aten.view_as_complex.default)
+_MAY_HOLD_SUMS = (
+    aten.copy.default,
+    aten.slice_scatter.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+)
 _COMPUTES = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.cat.default)
 
 
