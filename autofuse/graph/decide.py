@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -150,7 +150,9 @@ class Decider:
     _evidence: Evidence = field(init=False)
     _compiled: set[tuple[Problem, Config]] = field(default_factory=set)
     _captured: dict[Captured, None] = field(default_factory=dict)
-    _loads: dict[Plan, Loads] = field(default_factory=dict)  # of plans, which all layers of a model share
+    # What all layers of a model share.
+    _problems: dict[Hashable, Problem] = field(default_factory=dict)
+    _loads: dict[Plan, Loads] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         snapshots = (known.snapshot for known in self.known.values() if known.snapshot is not None)
@@ -175,7 +177,7 @@ class Decider:
             return Decision(None, "flag", reason, rewrites=True)
         op = get_op(site.op)
         try:
-            problem = op.make_problem(**site.problem_params())
+            problem = self._problem(op, site)
         except UnsupportedCall as error:
             return Decision(None, "unsupported", str(error))
         known = self.known.get(site.device)
@@ -190,6 +192,13 @@ class Decider:
         except AutofuseError as error:
             warn_once(f"autofuse leaves {site.op} unfused: {error}")
             return Decision(None, "target", str(error), problem)
+
+    def _problem(self, op: FusedOp, site: Site) -> Problem:
+        """Raises UnsupportedCall."""
+        key = (op.name, *site.problem_params().items())
+        if key not in self._problems:
+            self._problems[key] = op.make_problem(**site.problem_params())
+        return self._problems[key]
 
     def _if_aligned(self, op: FusedOp, site: Site, decision: Decision) -> Decision:
         """The decision, unless a kernel of its plan could never run on the site's tensors."""

@@ -104,23 +104,24 @@ def _split_offset(split: Any, index: Any) -> int | None:
     return sum(before) if all(isinstance(size, int) for size in before) else None
 
 
-_LINEARS: tuple[tuple[Any, int], ...] = (
-    (aten.mm.default, 0),
-    (aten.addmm.default, 1),
-    (aten.linear.default, 0),
-    (aten._scaled_mm.default, 0),
-)
+_LINEARS: dict[Any, int] = {
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.linear.default: 0,
+    aten._scaled_mm.default: 0,
+}
+"""Which argument is the activations."""
 
 
 def linear_of(base: Node) -> Linear | None:
     """The linear that computes ``base``, or None."""
-    for target, activations in _LINEARS:
-        if is_call(base, target) and isinstance(base.args[activations], Node):
-            node: Any = base.args[activations]
-            while is_view(node):
-                node = node.args[0]
-            return Linear(base, node)
-    return None
+    activations = _LINEARS.get(base.target) if base.op == "call_function" else None
+    node: Any = None if activations is None else base.args[activations]
+    if not isinstance(node, Node):
+        return None
+    while is_view(node):
+        node = node.args[0]
+    return Linear(base, node)
 
 
 def is_stored(base: Node) -> bool:

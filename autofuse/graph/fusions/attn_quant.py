@@ -59,9 +59,8 @@ class AttnQuant(Fusion):
     level = 3
 
     def match(self, found: Found) -> list[Site]:
-        linears = found.headwise_linears()
-        pairs = [(linear, quant) for quant in found.quants() for linear in linears if quant.input in linear.in_order]
-        return [_site(linear, quant) for linear, quant in pairs]
+        by_node = {node: linear for linear in found.headwise_linears() for node in linear.in_order}
+        return [_site(by_node[quant.input], quant) for quant in found.quants() if quant.input in by_node]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, AttnQuantSite)
