@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_pass import decoder
 from models import isolate, without_code_generation
 from rope_layers import Gqa, flat, paged
 
 from autofuse.graph.graph_pass import FusionPass
 from autofuse.graph.report_store import last_reports
+from bench_pass import decoder
 
 FUSE = {"autofuse.level": "O3", "autofuse.untuned": "fuse"}
 TOKENS = 6

@@ -11,7 +11,8 @@ kernel itself; ``on_layouts`` lets whoever only wants to know how views lie in m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -45,6 +46,8 @@ _BY_META_KERNEL = frozenset(
 
 
 _computing_on: ContextVar[FakeTensorMode | None] = ContextVar("autofuse_computing_on", default=None)
+_known_results: ContextVar[dict[Hashable, list[Any]] | None] = ContextVar("autofuse_known_results", default=None)
+"""The layouts and dtypes of the results of fused ops, within ``on_fakes``."""
 
 
 def fake_mode_of(values: Any) -> FakeTensorMode | None:
@@ -63,12 +66,13 @@ def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
     if mode is None or mode is _computing_on.get():
         yield
         return
-    token = _computing_on.set(mode)
+    token, results = _computing_on.set(mode), _known_results.set({})
     try:
         with _OnFakes(mode), nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
             yield
     finally:
         _computing_on.reset(token)
+        _known_results.reset(results)
 
 
 @contextmanager
@@ -94,6 +98,8 @@ def layout_view(value: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor
 
 def compute(mode: FakeTensorMode | None, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What ``target`` makes of arguments on fake tensors of ``mode``, as within ``on_fakes``. Raises what it raises."""
+    if target is operator.getitem:
+        return args[0][args[1]]
     if mode is not None and (_is_ours(target) or _is_ours_functional(target, args)):
         made = _by_meta_kernel(mode, target, args, kwargs)
         if made is not None:
@@ -139,11 +145,51 @@ def _by_meta_kernel(mode: FakeTensorMode, func: Any, args: Sequence[Any], kwargs
     if not tensors:
         return None
     with _meta_kernels(mode):
-        made = (auto_functionalized_v2_dense if func is auto_functionalized_v2 else func)(*args, **kwargs)
+        if func in _BY_META_KERNEL:
+            made = func(*args, **kwargs)
+        else:
+            made = _made_before(func, args, kwargs)
     device = tensors[0].device
     if isinstance(made, torch.Tensor):
         return FakeTensor(mode, made, device)
     return tuple(FakeTensor(mode, each, device) for each in made)
+
+
+def _made_before(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a fused op makes on meta tensors: as for arguments that lay so before, as in a model's other layers.
+
+    A fused op's results are new tensors, whose layouts depend on its arguments' layouts and values alone.
+    """
+    known = _known_results.get()
+    key = (func, _layouts(args), tuple(kwargs), _layouts(kwargs.values()))
+    if known is not None and key in known:
+        return tuple(torch.empty_strided(*layout, dtype=dtype, device="meta") for *layout, dtype in known[key])
+    made = (auto_functionalized_v2_dense if func is auto_functionalized_v2 else func)(*args, **kwargs)
+    if known is not None and isinstance(made, tuple) and all(map(_is_whole, made)):
+        known[key] = [(tuple(each.shape), each.stride(), each.dtype) for each in made]
+    return made
+
+
+def _layouts(values: Iterable[Any]) -> tuple[Hashable, ...]:
+    """All that an operator on meta tensors can tell of its arguments; values with their types, as 1 equals True."""
+    found: list[Hashable] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            sizes, bytes_ = (tuple(value.shape), value.stride()), value.untyped_storage().nbytes()
+            found.append((*sizes, value.storage_offset(), value.dtype, value.fake_device, bytes_))  # type: ignore[attr-defined]
+        elif isinstance(value, (list, tuple)):
+            found.append((type(value), _layouts(value)))
+        else:
+            found.append((type(value), value))
+    return tuple(found)
+
+
+def _is_whole(value: torch.Tensor) -> bool:
+    """Whether ``empty_strided`` makes the like of it."""
+    if value._is_view() or value.storage_offset() or value.requires_grad:
+        return False
+    span = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    return value.untyped_storage().nbytes() == (span if value.numel() else 0) * value.element_size()
 
 
 @contextmanager

@@ -51,22 +51,16 @@ class Replacement:
         RefusedError where an argument is no node of the graph any more: another rewrite has put a new one in its place.
         """
         torch.fx.map_arg((args, kwargs), _check_present)
-        node = self._made(target, args, kwargs)
-        values, named = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        node.meta["val"] = compute(self._mode, target, values, named)
-        return node
-
-    def _made(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         with self._graph.inserting_before(self._before):
             node = self._graph.call_function(target, args, kwargs)
         self._new.append(node)
         node.meta.update(self._origin)
+        values, named = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        node.meta["val"] = compute(self._mode, target, values, named)
         return node
 
     def getitem(self, node: Node, index: int) -> Node:
-        item = self._made(operator.getitem, (node, index), {})
-        item.meta["val"] = node.meta["val"][index]
-        return item
+        return self.call(operator.getitem, node, index)
 
     def reshape_like(self, node: Node, like: Node, sized: Node) -> Node:
         """``node`` in the shape of ``like``. Symbolic sizes are those of ``sized``, which has them and comes before."""

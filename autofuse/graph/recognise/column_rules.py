@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -105,7 +106,7 @@ def _mul(columns: Reader, node: Node) -> Reading | None:
     one, other = (columns.plain(arg) for arg in node.args)
     if one is None or other is None or one.dims != other.dims or one.is_complex != other.is_complex:
         return None
-    if np.prod(one.dims) > _MOST_COMPUTED:
+    if math.prod(one.dims) > _MOST_COMPUTED:
         return None
     if one.is_complex:
         real, imaginary = one.terms[..., 0, :, :], one.terms[..., 1, :, :]
@@ -133,7 +134,7 @@ def _add(columns: Reader, node: Node) -> Reading | None:
         return None
     if one.terms.shape[-2] == 2 or other.terms.shape[-2] == 2 or one.lead != other.lead:
         return None
-    if np.prod(one.dims) > _MOST_COMPUTED:
+    if math.prod(one.dims) > _MOST_COMPUTED:
         return None
     right = other.terms.copy()
     if is_call(node, aten.sub.Tensor):

@@ -338,6 +338,8 @@ def _is_only(columns: Columns, node: Node, sources: set[int]) -> bool:
     reading = columns.read(node)
     if reading is None or not reading.is_plain:
         return False
+    if reading.alone is not None:
+        return reading.alone in sources
     return not sources.isdisjoint(np.unique(reading.terms[..., SOURCE]).tolist())
 
 
