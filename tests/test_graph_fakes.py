@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autofuse.graph.fakes import on_fakes
+from autofuse.graph.fakes import compute, layout_view, on_fakes
 from autofuse.graph.recognise.nodes import expression
 from autofuse.graph.report_store import last_reports
 from autofuse.graph.rewrite import Replacement
@@ -234,3 +234,56 @@ def test_outside_nothing_is_fake():
     assert type(torch.ones(2) + 1) is torch.Tensor
     with on_fakes(None):
         assert type(torch.ones(2) + 1) is torch.Tensor
+
+
+VIEWS = [
+    lambda x: x.view(-1, 8, 4),
+    lambda x: x.view(-1, 32).narrow(1, 8, 16),
+    lambda x: x.select(0, 1),
+    lambda x: x.transpose(0, 1),
+    lambda x: x.as_strided([2, 3], [1, 7], 5),
+    lambda x: x.unbind(0)[2],
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+def test_layouts_are_those_of_fake_tensors(view, symbolic):
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    real = torch.empty(6, 32, dtype=torch.bfloat16)
+    if symbolic:
+        torch._dynamo.mark_dynamic(real, 0)
+    x = mode.from_tensor(real, static_shapes=None if symbolic else True)
+    with mode, mode.shape_env.suppress_guards():
+        expected = facts(view(x))
+    guards = len(mode.shape_env.guards)
+    with on_fakes(mode):
+        found = facts(layout_view(x, view))
+        again = facts(layout_view(layout_view(x, view), lambda value: value.unsqueeze(0)))
+    for what in ("dtype", "sizes", "strides", "offset"):
+        assert found[what] == expected[what]
+    assert again["offset"] == expected["offset"]
+    assert len(mode.shape_env.guards) == guards
+
+
+def test_layers_that_differ_get_results_of_their_own():
+    """What a fused op makes is remembered by all that it depends on."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    norms = torch.ops.autofuse.mla_dual_rms_norm.default
+
+    def made(tokens, width, dtype, cast):
+        q, weight = (mode.from_tensor(torch.empty(size, dtype=dtype)) for size in ((tokens, width), (width,)))
+        return compute(mode, norms, (q, weight, q, weight, 1e-6, 1e-6, cast, ""), {})
+
+    cases = [
+        (tokens, width, dtype, cast)
+        for tokens in (4, 5)
+        for width in (64, 128)
+        for dtype in (torch.bfloat16, torch.float16)
+        for cast in (True, False)
+    ]
+    with on_fakes(mode):
+        for case in (*cases, *cases):
+            results = made(*case)
+            assert [(tuple(each.shape), each.dtype) for each in results] == [(case[:2], case[2])] * 2
+            assert results[0].untyped_storage()._cdata != results[1].untyped_storage()._cdata

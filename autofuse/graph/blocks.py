@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_B = TypeVar("_B", bound="Block")
 
 
 @dataclass(frozen=True)
@@ -400,26 +401,37 @@ class Found:
     def __add__(self, other: Found) -> Found:
         return Found(self.blocks + other.blocks, self.near_misses + other.near_misses)
 
+    def of_kind(self, kind: type[_B]) -> list[_B]:
+        """The blocks of one class."""
+        return cast(list[_B], [*self.once(_by_kind).get(kind, ())])
+
     def rms_norms(self) -> list[RMSNormBlock]:
-        return [block for block in self.blocks if isinstance(block, RMSNormBlock)]
+        return self.of_kind(RMSNormBlock)
 
     def quants(self) -> list[QuantBlock]:
-        return [block for block in self.blocks if isinstance(block, QuantBlock)]
+        return self.of_kind(QuantBlock)
 
     def headwise_linears(self) -> list[HeadwiseLinearBlock]:
-        return [block for block in self.blocks if isinstance(block, HeadwiseLinearBlock)]
+        return self.of_kind(HeadwiseLinearBlock)
 
     def ropes(self) -> list[RopeBlock]:
-        return [block for block in self.blocks if isinstance(block, RopeBlock)]
+        return self.of_kind(RopeBlock)
 
     def cache_writes(self) -> list[CacheWriteBlock]:
-        return [block for block in self.blocks if isinstance(block, CacheWriteBlock)]
+        return self.of_kind(CacheWriteBlock)
 
     def attentions(self) -> list[AttentionBlock]:
-        return [block for block in self.blocks if isinstance(block, AttentionBlock)]
+        return self.of_kind(AttentionBlock)
 
     def latent_updates(self) -> list[LatentUpdateBlock]:
-        return [block for block in self.blocks if isinstance(block, LatentUpdateBlock)]
+        return self.of_kind(LatentUpdateBlock)
 
     def heads_updates(self) -> list[HeadsUpdateBlock]:
-        return [block for block in self.blocks if isinstance(block, HeadsUpdateBlock)]
+        return self.of_kind(HeadsUpdateBlock)
+
+
+def _by_kind(found: Found) -> dict[type[Block], list[Block]]:
+    kinds: dict[type[Block], list[Block]] = {}
+    for block in found.blocks:
+        kinds.setdefault(type(block), []).append(block)
+    return kinds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ from autofuse.errors import AutofuseError, BadInput, DatabaseError, TargetUnavai
 from autofuse.graph.alignment import Loads, loads_of, misalignment
 from autofuse.graph.compile_tuning import Tuner, tune_in_process, tuning_time
 from autofuse.graph.evidence import ANY_TOKENS, Evidence, Key, describe_range, read_shared, read_tuned
-from autofuse.graph.fakes import fake_mode_of, on_fakes
 from autofuse.graph.fusions import Fusion, Site
 from autofuse.graph.notice import warn_once
 from autofuse.graph.pinned import pinned_database
@@ -151,7 +150,9 @@ class Decider:
     _evidence: Evidence = field(init=False)
     _compiled: set[tuple[Problem, Config]] = field(default_factory=set)
     _captured: dict[Captured, None] = field(default_factory=dict)
-    _loads: dict[Plan, Loads] = field(default_factory=dict)  # of plans, which all layers of a model share
+    # What all layers of a model share.
+    _problems: dict[Hashable, Problem] = field(default_factory=dict)
+    _loads: dict[Plan, Loads] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         snapshots = (known.snapshot for known in self.known.values() if known.snapshot is not None)
@@ -176,7 +177,7 @@ class Decider:
             return Decision(None, "flag", reason, rewrites=True)
         op = get_op(site.op)
         try:
-            problem = op.make_problem(**site.problem_params())
+            problem = self._problem(op, site)
         except UnsupportedCall as error:
             return Decision(None, "unsupported", str(error))
         known = self.known.get(site.device)
@@ -192,6 +193,13 @@ class Decider:
             warn_once(f"autofuse leaves {site.op} unfused: {error}")
             return Decision(None, "target", str(error), problem)
 
+    def _problem(self, op: FusedOp, site: Site) -> Problem:
+        """Raises UnsupportedCall."""
+        key = (op.name, *site.problem_params().items())
+        if key not in self._problems:
+            self._problems[key] = op.make_problem(**site.problem_params())
+        return self._problems[key]
+
     def _if_aligned(self, op: FusedOp, site: Site, decision: Decision) -> Decision:
         """The decision, unless a kernel of its plan could never run on the site's tensors."""
         plan = decision.plan
@@ -199,9 +207,7 @@ class Decider:
             return decision
         if plan not in self._loads:
             self._loads[plan] = loads_of(op, plan)
-        with on_fakes(fake_mode_of(None)):
-            tensors = site.tensors()
-        if (why := misalignment(op, self._loads[plan], tensors)) is None:
+        if (why := misalignment(op, self._loads[plan], site.tensors())) is None:
             return decision
         return replace(decision, plan=None, rule="refused", reason=f"only the op's reference could run here: {why}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, CacheWriteBlock, HeadRows, RopeBlock, RopeRead, Slots
-from autofuse.graph.fakes import fake_mode_of, on_fakes
+from autofuse.graph.fakes import fake_mode_of, on_layouts
 from autofuse.graph.moves import RefusedError, nodes_to_hoist
 from autofuse.graph.recognise.nodes import concrete, dtype_of, product, same_size, shape, tensor
 from autofuse.graph.rewrite import Replacement
@@ -44,7 +44,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 Call = Callable[..., Any]
-"""``Replacement.call``, or the same on fake tensors, where a copy is an error."""
+"""``Replacement.call``, or the same on tensors, where a copy is an error."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class HeadSource:
     heads_at: int | None
     width: int
     views: tuple[Node, ...] = ()
+    _fakes: dict[bool, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def heads(self) -> int:
@@ -83,8 +84,9 @@ class HeadSource:
         rows = HeadRows(self.rows.node, self.rows.first + first, self.rows.heads, self.rows.stride)
         return HeadSource(rows, self.frame, self.tokens_at, self.heads_at, width, self.views)
 
-    def build(self, call: Call, node: Any) -> Any:
-        """[T, H, width] of what ``rows.node`` is."""
+    def build(self, call: Call, node: Any, flat: bool = False) -> Any:
+        """[T, H, width] of what ``rows.node`` is; ``flat``: [T, width], where H is 1."""
+        dims = 2 if flat else 3
         for view in self.views:
             node = call(view.target, node, *view.args[1:])
         rows = self.rows
@@ -101,37 +103,40 @@ class HeadSource:
                 raise RefusedError(f"{rows.heads} heads of {rows.stride} columns do not lie in {rows.node}")
             if (start, whole) != (0, last):
                 node = call(aten.slice.Tensor, node, 1, start, start + whole)
-            node, begin, last = (
-                call(aten.reshape.default, node, [-1, rows.heads, rows.stride]),
-                begin - start,
-                rows.stride,
-            )
+            begin, last = begin - start, rows.stride
+            if not flat:
+                node = call(aten.reshape.default, node, [-1, rows.heads, last])
         else:
             for _ in range(len(self.frame) + 1 - len(_sizes(node))):
                 node = call(aten.unsqueeze.default, node, 0)
             order = [*self.tokens_at, *([] if self.heads_at is None else [self.heads_at]), len(self.frame)]
             if order != sorted(order):
                 node = call(aten.permute.default, node, order)
-            if len(order) != 3 or self.heads_at is None:
-                node = call(aten.reshape.default, node, [-1, self.heads, last])
+            if len(order) != dims or (self.heads_at is None and not flat):
+                node = call(aten.reshape.default, node, [-1, last] if flat else [-1, self.heads, last])
         if (begin, self.width) != (0, last):
-            node = call(aten.slice.Tensor, node, 2, begin, begin + self.width)
+            node = call(aten.slice.Tensor, node, dims - 1, begin, begin + self.width)
         return node
 
-    def fake(self) -> torch.Tensor:
-        """[T, H, width] on fake tensors. Raises RefusedError if that would be a copy."""
-        return self._fake
-
-    @cached_property
-    def _fake(self) -> torch.Tensor:
-        value = tensor(self.rows.node)
-        return _without_copy(lambda call: self.build(call, value), [value], f"{self.rows.node} cannot be seen as heads")
+    def fake(self, flat: bool = False) -> torch.Tensor:
+        """The layout of what is built, as ``on_layouts`` says. Raises RefusedError if that would be a copy."""
+        if flat not in self._fakes:
+            value = tensor(self.rows.node)
+            self._fakes[flat] = _without_copy(
+                lambda call: self.build(call, value, flat),
+                [value, *map(tensor, self.views)],
+                f"{self.rows.node} cannot be seen as heads",
+            )
+        return self._fakes[flat]
 
 
 def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: str) -> Any:
-    """The result of ``function(call)``, whose calls are made on fake tensors, and copy nothing. Raises RefusedError."""
-    mode = fake_mode_of(values)
-    if mode is None:
+    """The layout of the result of ``function(call)``, whose calls copy nothing. Raises RefusedError.
+
+    Args:
+        values: tensors and sizes that the calls are made with.
+    """
+    if fake_mode_of(values) is None:
         raise RefusedError(f"{what}: it has no fake tensor")
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +145,7 @@ def _without_copy(function: Callable[[Call], Any], values: Sequence[Any], what: 
         args, kwargs = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         return target(*args, **kwargs)
 
-    with on_fakes(mode):
+    with on_layouts(*values):
         try:
             return function(call)
         except (RuntimeError, ValueError):
@@ -408,7 +413,11 @@ class CacheArgument:
     dims: tuple[int, ...] = (0, 1, 2, 3)
 
     def fake(self) -> torch.Tensor:
-        """The argument on fake tensors. Raises RefusedError."""
+        """The layout of the argument, as ``on_layouts`` says. Raises RefusedError."""
+        return self._fake
+
+    @cached_property
+    def _fake(self) -> torch.Tensor:
         value = tensor(self.root)
         assert value is not None
         if concrete(value.storage_offset()) != 0 and not self.is_whole:
@@ -416,7 +425,7 @@ class CacheArgument:
         sizes, strides, offset = self.layout
         return _without_copy(
             lambda call: call(aten.as_strided.default, value, sizes, strides, offset),
-            [value],
+            [value, *sizes, *strides, offset],
             f"{self.root} cannot be seen as a cache",
         )
 

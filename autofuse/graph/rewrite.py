@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Block
-from autofuse.graph.fakes import fake_mode_of, on_fakes
+from autofuse.graph.fakes import compute, fake_mode_of
 from autofuse.graph.moves import RefusedError
 from autofuse.graph.recognise.nodes import concrete, is_call, same_size, shape
 from autofuse.graph.rows import Rows
@@ -56,8 +56,7 @@ class Replacement:
         self._new.append(node)
         node.meta.update(self._origin)
         values, named = torch.fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        with on_fakes(self._mode):
-            node.meta["val"] = target(*values, **named)
+        node.meta["val"] = compute(self._mode, target, values, named)
         return node
 
     def getitem(self, node: Node, index: int) -> Node:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from autofuse.graph.fakes import fake_mode_of, on_fakes
+from autofuse.graph.fakes import fake_mode_of, on_layouts
 from autofuse.graph.recognise.nodes import concrete, is_call, is_getitem, is_view, shape, tensor
 
 __all__ = ["Linear", "Rows", "is_stored", "linear_of", "matrix_of", "rows_of", "splits_into_heads", "viewable_as_rows"]
@@ -104,23 +104,24 @@ def _split_offset(split: Any, index: Any) -> int | None:
     return sum(before) if all(isinstance(size, int) for size in before) else None
 
 
-_LINEARS: tuple[tuple[Any, int], ...] = (
-    (aten.mm.default, 0),
-    (aten.addmm.default, 1),
-    (aten.linear.default, 0),
-    (aten._scaled_mm.default, 0),
-)
+_LINEARS: dict[Any, int] = {
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.linear.default: 0,
+    aten._scaled_mm.default: 0,
+}
+"""Which argument is the activations."""
 
 
 def linear_of(base: Node) -> Linear | None:
     """The linear that computes ``base``, or None."""
-    for target, activations in _LINEARS:
-        if is_call(base, target) and isinstance(base.args[activations], Node):
-            node: Any = base.args[activations]
-            while is_view(node):
-                node = node.args[0]
-            return Linear(base, node)
-    return None
+    activations = _LINEARS.get(base.target) if base.op == "call_function" else None
+    node: Any = None if activations is None else base.args[activations]
+    if not isinstance(node, Node):
+        return None
+    while is_view(node):
+        node = node.args[0]
+    return Linear(base, node)
 
 
 def is_stored(base: Node) -> bool:
@@ -159,10 +160,12 @@ def splits_into_heads(output: Node, but: Collection[Node] = ()) -> Node | None:
 
 
 def matrix_of(rows: Rows) -> torch.Tensor:
-    """The rows as [T, width], a strided view of their base, on fake tensors. The base is ``viewable_as_rows``."""
+    """The layout of the rows as [T, width], as ``on_layouts`` says, a strided view of their base. The base is
+    ``viewable_as_rows``.
+    """
     value = tensor(rows.base)
     assert value is not None
-    with on_fakes(fake_mode_of([value])):
+    with on_layouts(value):
         matrix = value.view(-1, value.shape[-1])
         return matrix if rows.whole else matrix.narrow(1, rows.offset, rows.width)
 
@@ -172,10 +175,9 @@ def viewable_as_rows(base: Node) -> str | None:
     value = tensor(base)
     if value is None:
         return f"{base} is no tensor"
-    mode = fake_mode_of([value])
-    if mode is None:
+    if fake_mode_of([value]) is None:
         return f"{base} has no fake tensor"
-    with on_fakes(mode):
+    with on_layouts(value):
         if concrete(value.stride()[-1]) != 1:
             return f"the last dimension of {base} is not contiguous"
         try:

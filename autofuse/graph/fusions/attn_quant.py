@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Found, HeadwiseLinearBlock, QuantBlock
 from autofuse.graph.constants import is_constant
+from autofuse.graph.fakes import layout_view
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.moves import RefusedError, check_no_mutation
 from autofuse.graph.recognise.nodes import concrete, tensor
@@ -44,7 +45,7 @@ class AttnQuantSite(Site):
         latent, weight = tensor(self.linear.rows), tensor(self.linear.weight)
         assert latent is not None
         assert weight is not None
-        return {0: latent.transpose(0, 1), 1: weight}
+        return {0: layout_view(latent, lambda rows: rows.transpose(0, 1)), 1: weight}
 
     def note(self) -> str:
         return self.quant.rounding
@@ -58,9 +59,8 @@ class AttnQuant(Fusion):
     level = 3
 
     def match(self, found: Found) -> list[Site]:
-        linears = found.headwise_linears()
-        pairs = [(linear, quant) for quant in found.quants() for linear in linears if quant.input in linear.in_order]
-        return [_site(linear, quant) for linear, quant in pairs]
+        by_node = {node: linear for linear in found.headwise_linears() for node in linear.in_order}
+        return [_site(by_node[quant.input], quant) for quant in found.quants() if quant.input in by_node]
 
     def rewrite(self, graph: Graph, site: Site, plan: str) -> None:
         assert isinstance(site, AttnQuantSite)

@@ -68,7 +68,9 @@ class Site:
         return dict(self.params)
 
     def tensors(self) -> Mapping[int, torch.Tensor]:
-        """The op's tensor arguments as ``Fusion.rewrite`` passes them, on fake tensors, by their index in the schema.
+        """The layouts of the op's tensor arguments as ``Fusion.rewrite`` passes them, by their index in the schema.
+
+        Only dtype, sizes, strides and offset of these tensors count.
 
         Only asked of a site that is not refused. What is left out is taken to be aligned for every kernel.
         """

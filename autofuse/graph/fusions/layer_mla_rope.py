@@ -77,7 +77,7 @@ class LayerMlaRope(MlaRopeKvCacheCat):
 
     def call(
         self, new: Replacement, shared: SharedValues, site: MlaRopeSite, plan: str
-    ) -> tuple[Node, Node, list[tuple[Node, Node]]]:
+    ) -> tuple[Node, list[tuple[Node, Node]]]:
         assert isinstance(site, LayerMlaRopeSite)
         update = site.latent
         arguments: dict[str, Any] = {
@@ -93,8 +93,7 @@ class LayerMlaRope(MlaRopeKvCacheCat):
         op = by_name_op(self.op)
         given = (arguments.get(argument.name, argument.default_value) for argument in op._schema.arguments)
         fused = new.call(op, *given)
-        query, rotated, done = (new.getitem(fused, index) for index in range(3))
-        return query, rotated, [(update.output, done)]
+        return fused, [(update.output, new.getitem(fused, 2))]
 
 
 def _update_of(pair: RopePair, updates: list[LatentUpdateBlock]) -> LatentUpdateBlock | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import AbsorbedQueryBlock, CacheWriteBlock, Found, HeadRows, RopeRead
+from autofuse.graph.fakes import layout_view
 from autofuse.graph.fusions.base import Fusion, Site
 from autofuse.graph.fusions.rope_pairs import (
     RopePair,
@@ -95,6 +96,11 @@ class MlaRopeSite(Site):
         return [*(node for node in found if node is not self.pair.q.output), self.cat]
 
     @property
+    def returns_key(self) -> bool:
+        """Whether anybody but what it replaces reads the rotated key."""
+        return any(user not in self.nodes for read in self.pair.k.reads for user in read.node.users)
+
+    @cached_property
     def caches(self) -> list[CacheArgument]:
         latent, apart = _caches(self.pair)
         named = [("kv_cache", latent), ("k_pe_cache", apart)]
@@ -114,18 +120,24 @@ class MlaRopeSite(Site):
         return [*rows, *factors, *angle_nodes(self.pair.q.angles), *writes]
 
     def tensors(self) -> Mapping[int, torch.Tensor]:
-        rows = {"q_pe": self.q_pe, "kv_c": self.kv_c, "k_pe": self.k_pe, "q_nope": self.q_nope}
-        found = {name: source.fake() for name, source in rows.items() if source is not None}
-        found.update({name: found[name].select(1, 0) for name in ("kv_c", "k_pe") if name in found})
+        heads, latents = {"q_pe": self.q_pe, "q_nope": self.q_nope}, {"kv_c": self.kv_c, "k_pe": self.k_pe}
+        found = {name: source.fake() for name, source in heads.items() if source is not None}
+        found.update({name: source.fake(flat=True) for name, source in latents.items() if source is not None})
         if self.absorbed is not None:
-            found["q_nope"] = self.absorbed.rows.meta["val"].transpose(0, 1)
+            found["q_nope"] = layout_view(self.absorbed.rows.meta["val"], lambda rows: rows.transpose(0, 1))
             found["w_uk"] = self.absorbed.weight.meta["val"]
         if self.pair.q.angles.table is not None:
             found["cos_sin_cache"] = self.pair.q.angles.table.meta["val"]
         found.update({cache.name: cache.fake() for cache in self.caches})
-        arguments = getattr(torch.ops.autofuse, self.op).default._schema.arguments
-        places = {argument.name: index for index, argument in enumerate(arguments)}
+        places = _argument_places(self.op)
         return {places[name]: value for name, value in found.items()}
+
+
+@cache
+def _argument_places(op: str) -> Mapping[str, int]:
+    """The arguments of a fused op, by their index in its schema."""
+    arguments = getattr(torch.ops.autofuse, op).default._schema.arguments
+    return {argument.name: index for index, argument in enumerate(arguments)}
 
 
 class MlaRopeKvCacheCat(Fusion):
@@ -149,13 +161,16 @@ class MlaRopeKvCacheCat(Fusion):
         shared = SharedValues(graph, new, first)
         with shared, spared, new:
             kept = [each for rope in (pair.q, pair.k) for each in replace_spared(spared, rope)]
-            query, rotated, others = self.call(new, shared, site, plan)
+            fused, others = self.call(new, shared, site, plan)
+            query = new.getitem(fused, 0)
             if site.cat is None:
                 results = replace_rope(new, pair.q, q_pe, query)
             else:
                 whole = RopeRead(site.cat, 0, concrete(shape(site.cat)[-1]) or 0, folded=False)
                 results = [(site.cat, to_read(new, query, whole, q_pe))]
-            results += replace_rope(new, pair.k, k_pe, new.call(aten.unsqueeze.default, rotated, 1))
+            if site.returns_key:
+                rotated = new.call(aten.unsqueeze.default, new.getitem(fused, 1), 1)
+                results += replace_rope(new, pair.k, k_pe, rotated)
             results += [*kept, *others]
             hoist = shared.with_later(hoist)
             early = hoisted_first(spared, hoist, first)
@@ -166,8 +181,8 @@ class MlaRopeKvCacheCat(Fusion):
 
     def call(
         self, new: Replacement, shared: SharedValues, site: MlaRopeSite, plan: str
-    ) -> tuple[Node, Node, list[tuple[Node, Node]]]:
-        """The fused op: (the query; rotated k_pe; whatever else it replaces, and by what)."""
+    ) -> tuple[Node, list[tuple[Node, Node]]]:
+        """(the fused op, whose first results are query and rotated k_pe; what else it replaces, and by what)"""
         latent = _caches(site.pair)[0]
         slots, from_end = (None, False) if latent is None else slots_of(shared, latent.slots, latent)
         fused, caches = call_writing(
@@ -185,8 +200,7 @@ class MlaRopeKvCacheCat(Fusion):
             },
             site.caches,
         )
-        others = [(cache.write.output, caches[cache.root]) for cache in site.caches]
-        return new.getitem(fused, 0), new.getitem(fused, 1), others
+        return fused, [(cache.write.output, caches[cache.root]) for cache in site.caches]
 
 
 def activations(new: Replacement, shared: SharedValues, site: MlaRopeSite) -> dict[str, Any]:
@@ -194,11 +208,12 @@ def activations(new: Replacement, shared: SharedValues, site: MlaRopeSite) -> di
     q_pe, k_pe = site.q_pe, site.k_pe
     assert q_pe is not None
     assert k_pe is not None
-    key = _one_head(new, k_pe)
+    key = k_pe.build(new.call, k_pe.rows.node, flat=True)
+    kv_c = key if site.kv_c is None else site.kv_c.build(new.call, site.kv_c.rows.node, flat=True)
     return {
         **_in_front(new, site),
         "q_pe": q_pe.build(new.call, q_pe.rows.node),
-        "kv_c": key if site.kv_c is None else _one_head(new, site.kv_c),
+        "kv_c": kv_c,
         "k_pe": key,
         "positions": head_positions(shared, site.pair.q.angles, q_pe),
         "cos_sin_cache": table_of(shared, site.pair.q.angles),
@@ -215,11 +230,6 @@ def _in_front(new: Replacement, site: MlaRopeSite) -> dict[str, Any]:
         "w_uk": absorbed.weight,
         "w_constant": dict(site.params)["w_constant"],
     }
-
-
-def _one_head(new: Replacement, source: HeadSource) -> Node:
-    """[T, width] of rows that have one head."""
-    return new.call(aten.select.int, source.build(new.call, source.rows.node), 1, 0)
 
 
 def _caches(pair: RopePair) -> tuple[CacheWriteBlock | None, CacheWriteBlock | None]:
@@ -350,9 +360,9 @@ def check_site(site: MlaRopeSite) -> None:
         if not (same_size(write.layout[0][2], 1) and same_size(write.layout[0][3], width)):
             raise RefusedError(f"rows of the cache {write.root} have {write.layout[0][2:]} columns, not {width}")
         check_scale(write, pair.q.dtype)
-    for cache in site.caches:
-        cache.fake()
-    for source in (site.q_nope, q_pe, site.kv_c, k_pe):
+    for argument in site.caches:
+        argument.fake()
+    for source, flat in ((site.q_nope, False), (q_pe, False), (site.kv_c, True), (k_pe, True)):
         if source is not None:
-            source.fake()
+            source.fake(flat)
     site.hoist()

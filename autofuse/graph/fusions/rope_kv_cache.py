@@ -93,7 +93,7 @@ class RopeKvCacheSite(Site):
         """Whether anybody but the write reads the rotated key."""
         return returns_key(self.pair)
 
-    @property
+    @cached_property
     def caches(self) -> list[CacheArgument]:
         named = zip(("k_cache", "v_cache"), self.pair.writes, strict=False)
         return [CacheArgument(name, write, self.pair.root_of(write)) for name, write in named]

@@ -95,7 +95,7 @@ class RopePair:
 def pair_ropes(found: Found) -> tuple[list[RopePair], list[NearMiss]]:
     """The rotations of each attention; and rotations that look as if they belonged together, but are unclear."""
     norms = {norm.output: norm for norm in found.rms_norms()}
-    written = _written(found)
+    written, writes = _written(found), _Writes(found, norms)
     pairs: list[RopePair] = []
     misses: list[NearMiss] = []
     for group, why in _groups(found.ropes(), norms):
@@ -103,7 +103,7 @@ def pair_ropes(found: Found) -> tuple[list[RopePair], list[NearMiss]]:
             misses.append(NearMiss("rope_kv_cache", group[0].output, why))
             continue
         q, k = _roles(group, written)
-        pairs.append(_with_writes(q, k, written, found.cache_writes(), norms))
+        pairs.append(_with_writes(q, k, written, writes))
     return pairs, misses
 
 
@@ -226,12 +226,34 @@ def _views_up_to(part: Node, reads: set[Node]) -> list[Node] | None:
     return chain
 
 
+class _Writes:
+    """The writes to caches of a graph, and what is asked of them again for each attention."""
+
+    def __init__(self, found: Found, norms: dict[Node, RMSNormBlock]) -> None:
+        self._all = found.cache_writes()
+        self._norms = norms
+        self._values: list[CacheWriteBlock] | None = None
+        self._origins: dict[Node, set[Node]] = {}
+
+    def of_values(self, written: dict[Node, tuple[CacheWriteBlock, int]]) -> list[CacheWriteBlock]:
+        """Those of one part that is not rotated. Args: written: as of ``_written``."""
+        if self._values is None:
+            of_ropes = {_place(write) for write, _ in written.values()}
+            self._values = [each for each in self._all if _place(each) not in of_ropes and len(each.parts) == 1]
+        return self._values
+
+    def origin(self, node: Node) -> set[Node]:
+        """What the linears above ``node`` read."""
+        if node not in self._origins:
+            self._origins[node] = _activations(node, self._norms)
+        return self._origins[node]
+
+
 def _with_writes(
     q: RopeBlock,
     k: RopeBlock,
     written: dict[Node, tuple[CacheWriteBlock, int]],
-    writes: list[CacheWriteBlock],
-    norms: dict[Node, RMSNormBlock],
+    writes: _Writes,
 ) -> RopePair:
     mine = [written[read.node] for read in k.reads if read.node in written]
     if not mine:
@@ -241,17 +263,12 @@ def _with_writes(
     key_write, part = mine[0]
     if len(key_write.parts) > 1:
         return RopePair(q, k, key_write, part, between=_between(k, key_write, part))
-    of_ropes = {_place(write) for write, _ in written.values()}
-    beside = [
-        write
-        for write in writes
-        if _place(write) not in of_ropes and len(write.parts) == 1 and _same_slots(write, key_write)
-    ]
+    beside = [write for write in writes.of_values(written) if _same_slots(write, key_write)]
     if key_write.call is not None or any(write.call is not None for write in beside):
         beside = [write for write in beside if write.call is key_write.call]
     if len(beside) > 1:
-        origin = _activations(k.input.node, norms)
-        beside = [write for write in beside if origin & _activations(write.parts[0], norms)]
+        origin = writes.origin(k.input.node)
+        beside = [write for write in beside if origin & writes.origin(write.parts[0])]
     if len(beside) != 1:
         what = "no write" if not beside else f"{len(beside)} writes"
         return RopePair(q, k, key_write, part, unclear=f"there is {what} beside that of the key to the same slots")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch.fx import Node
 from autofuse.graph.recognise.nodes import concrete, constant, dtype_of, is_call, same_size, same_sizes, shape, tensor
 from autofuse.graph.recognise.readings import SIGN, Reading, alike_terms, product_of, sum_of
 
-__all__ = ["FLOATS", "MOST_COLUMNS", "RULES", "VIEWS", "Reader"]
+__all__ = ["FLOATS", "MOST_COLUMNS", "REARRANGES", "RULES", "SPLITS", "VIEWS", "Reader"]
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -29,6 +30,8 @@ _WIDENING = {
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64)
 
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+"""What gives parts of its first argument, as items."""
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -103,7 +106,7 @@ def _mul(columns: Reader, node: Node) -> Reading | None:
     one, other = (columns.plain(arg) for arg in node.args)
     if one is None or other is None or one.dims != other.dims or one.is_complex != other.is_complex:
         return None
-    if np.prod(one.dims) > _MOST_COMPUTED:
+    if math.prod(one.dims) > _MOST_COMPUTED:
         return None
     if one.is_complex:
         real, imaginary = one.terms[..., 0, :, :], one.terms[..., 1, :, :]
@@ -131,7 +134,7 @@ def _add(columns: Reader, node: Node) -> Reading | None:
         return None
     if one.terms.shape[-2] == 2 or other.terms.shape[-2] == 2 or one.lead != other.lead:
         return None
-    if np.prod(one.dims) > _MOST_COMPUTED:
+    if math.prod(one.dims) > _MOST_COMPUTED:
         return None
     right = other.terms.copy()
     if is_call(node, aten.sub.Tensor):
@@ -175,7 +178,7 @@ def _slice(columns: Reader, node: Node) -> Reading | None:
     if not _are_constant(start, end, step):
         return None
     index = (slice(None),) * (dim - of.lead) + (slice(start, end, step),)
-    return Reading(of.terms[index], of.lead, of.is_complex)
+    return of.rearranged(of.terms[index])
 
 
 def _select(columns: Reader, node: Node) -> Reading | None:
@@ -187,13 +190,13 @@ def _select(columns: Reader, node: Node) -> Reading | None:
         return _leading(columns, node)
     if len(of.dims) == 1:
         return None
-    return Reading(np.take(of.terms, node.args[2], axis=where[1] - of.lead), of.lead, of.is_complex)
+    return of.rearranged(np.take(of.terms, node.args[2], axis=where[1] - of.lead))
 
 
 def _getitem(columns: Reader, node: Node) -> Reading | None:
     """A part of a split, or of what was unbound."""
     split, index = node.args
-    if not is_call(split, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
+    if not is_call(split, *SPLITS):
         return None
     assert isinstance(split, Node)
     assert isinstance(index, int)
@@ -206,7 +209,7 @@ def _getitem(columns: Reader, node: Node) -> Reading | None:
     if axis < 0:
         return None
     if unbinds:
-        return Reading(np.take(of.terms, index, axis=axis), of.lead, of.is_complex) if len(of.dims) > 1 else None
+        return of.rearranged(np.take(of.terms, index, axis=axis)) if len(of.dims) > 1 else None
     sizes: Any = split.args[1]
     total = of.dims[axis]
     bounds = (
@@ -219,7 +222,7 @@ def _getitem(columns: Reader, node: Node) -> Reading | None:
     if index >= len(bounds):
         return None
     piece = (slice(None),) * axis + (slice(bounds[index], [*bounds, total][index + 1]),)
-    return Reading(of.terms[piece], of.lead, of.is_complex)
+    return of.rearranged(of.terms[piece])
 
 
 def _cat(columns: Reader, node: Node) -> Reading | None:
@@ -238,7 +241,8 @@ def _cat(columns: Reader, node: Node) -> Reading | None:
         return None
     if sum(part.dims[axis] for part in found) > MOST_COLUMNS:
         return None
-    return Reading(np.concatenate(alike_terms(*found), axis=axis), first.lead)
+    alone = first.alone if all(part.alone == first.alone for part in found) else None
+    return Reading(np.concatenate(alike_terms(*found), axis=axis), first.lead, alone=alone)
 
 
 def _copy(columns: Reader, node: Node) -> Reading | None:
@@ -294,7 +298,7 @@ def _unsqueeze(columns: Reader, node: Node) -> Reading | None:
         return _leading(columns, node)
     if len(of.dims) > 1:
         return None
-    return Reading(np.expand_dims(of.terms, dim - of.lead), of.lead, of.is_complex)
+    return of.rearranged(np.expand_dims(of.terms, dim - of.lead))
 
 
 def _squeeze(columns: Reader, node: Node) -> Reading | None:
@@ -307,7 +311,7 @@ def _squeeze(columns: Reader, node: Node) -> Reading | None:
     axis = where[1] - of.lead
     if len(of.dims) == 1 or of.dims[axis] != 1:
         return None
-    return Reading(np.take(of.terms, 0, axis=axis), of.lead, of.is_complex)
+    return of.rearranged(np.take(of.terms, 0, axis=axis))
 
 
 def _reshape(columns: Reader, node: Node) -> Reading | None:
@@ -329,7 +333,7 @@ def _reshape(columns: Reader, node: Node) -> Reading | None:
         if of is None or len(of.dims) > 1 or parts is None or size is None:
             return None
         if size == 2:  # neighbours, as GPT-J pairs them
-            return Reading(of.terms.reshape(parts, 2, *of.terms.shape[1:]), of.lead, of.is_complex)
+            return of.rearranged(of.terms.reshape(parts, 2, *of.terms.shape[1:]))
         return columns.heads(node, of, parts)
     if len(after) == len(before) - 1 and same_sizes(before[:-2], after[:-1]):
         if (repeated := _repeated(columns, above)) is not None:
@@ -337,7 +341,7 @@ def _reshape(columns: Reader, node: Node) -> Reading | None:
         of = columns.read(above)
         if of is None or len(of.dims) != 2:
             return None
-        return Reading(of.terms.reshape(-1, *of.terms.shape[2:]), of.lead, of.is_complex)
+        return of.rearranged(of.terms.reshape(-1, *of.terms.shape[2:]))
     return None
 
 
@@ -353,7 +357,7 @@ def _repeated(columns: Reader, node: Any) -> Reading | None:
         return None
     if not same_sizes(shape(node)[:-2], shape(above)[:-2]):
         return None
-    return Reading(np.concatenate([of.terms] * times), of.lead, of.is_complex)
+    return of.rearranged(np.concatenate([of.terms] * times))
 
 
 def _permute(columns: Reader, node: Node) -> Reading | None:
@@ -372,7 +376,7 @@ def _permute(columns: Reader, node: Node) -> Reading | None:
         return None
     axes = [dim - of.lead for dim in order[of.lead :]]
     rest = range(len(axes), of.terms.ndim)
-    return Reading(of.terms.transpose(*axes, *rest), of.lead, of.is_complex)
+    return of.rearranged(of.terms.transpose(*axes, *rest))
 
 
 def _expand(columns: Reader, node: Node) -> Reading | None:
@@ -389,7 +393,7 @@ def _expand(columns: Reader, node: Node) -> Reading | None:
     if any(size is None or (old not in (1, size)) for size, old in zip(sizes, of.dims, strict=True)):
         return None
     rest = of.terms.shape[count:]
-    return Reading(np.broadcast_to(of.terms, (*sizes, *rest)), of.lead, of.is_complex)
+    return of.rearranged(np.broadcast_to(of.terms, (*sizes, *rest)))
 
 
 def _repeat(columns: Reader, node: Node) -> Reading | None:
@@ -404,7 +408,7 @@ def _repeat(columns: Reader, node: Node) -> Reading | None:
     added = len(times) - len(shape(node.args[0]))
     if added:
         of = columns.function(node, of, (str(aten.unsqueeze.default), "0", str(added)), _lead(node, of))
-    return Reading(np.tile(of.terms, (times[-1], 1, 1)), of.lead)
+    return of.rearranged(np.tile(of.terms, (times[-1], 1, 1)))
 
 
 def _same(columns: Reader, node: Node) -> Reading | None:
@@ -434,7 +438,7 @@ _ARITHMETIC: dict[Any, Rule] = {
     aten.view_as_complex.default: _as_complex,
     aten.view_as_real.default: _as_real,
 }
-VIEWS: dict[Any, Rule] = {
+REARRANGES: dict[Any, Rule] = {
     operator.getitem: _getitem,
     aten.neg.default: _neg,
     prims.convert_element_type.default: _cast,
@@ -442,9 +446,6 @@ VIEWS: dict[Any, Rule] = {
     aten.to.dtype: _cast,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.cat.default: _cat,
-    aten.copy.default: _copy,
-    aten.slice_scatter.default: _slice_scatter,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _leading,
@@ -455,6 +456,13 @@ VIEWS: dict[Any, Rule] = {
     aten.repeat.default: _repeat,
     aten.clone.default: _same,
     aten.alias.default: _same,
+}
+"""What rearranges, negates or casts the columns of its first argument."""
+VIEWS: dict[Any, Rule] = {
+    **REARRANGES,
+    aten.cat.default: _cat,
+    aten.copy.default: _copy,
+    aten.slice_scatter.default: _slice_scatter,
 }
 """What rearranges, negates or casts columns, and combines none."""
 RULES: dict[Any, Rule] = {**_ARITHMETIC, **VIEWS}

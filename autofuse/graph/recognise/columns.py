@@ -11,7 +11,7 @@ A reading costs a few operations on small NumPy arrays, and each node is read on
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from autofuse.graph.recognise.column_rules import FLOATS, MOST_COLUMNS, RULES, VIEWS, Reader
+from autofuse.graph.recognise.column_rules import FLOATS, MOST_COLUMNS, REARRANGES, RULES, SPLITS, VIEWS, Reader
 from autofuse.graph.recognise.nodes import concrete, dtype_of, shape
-from autofuse.graph.recognise.readings import COLUMN, SIGN, SOURCE, Reading, different_pairs
+from autofuse.graph.recognise.readings import COLUMN, SIGN, SOURCE, Reading, different_pairs, plain_terms
 
 __all__ = ["Columns", "Source"]
+
+aten = torch.ops.aten
 
 _MOST_STEPS = 64
 """How far a reading goes upwards: RoPE has about 25."""
@@ -117,11 +119,12 @@ class Columns:
             return None
         is_complex = dtype_of(node) == torch.complex64
         parts = [self.source((node.name, part), node, None, sizes[:-1]) for part in range(1 + is_complex)]
-        terms = np.zeros((width, len(parts), 1, 5), np.int32)
-        terms[..., SIGN] = 1
-        terms[:, :, 0, SOURCE] = parts
-        terms[..., COLUMN] = np.arange(width)[:, None, None]
-        reading = Reading(terms if is_complex else terms[:, 0], len(sizes) - 1, is_complex)
+        terms = [plain_terms(part, np.arange(width)) for part in parts]
+        reading = (
+            Reading(np.stack(terms, axis=1), len(sizes) - 1, is_complex)
+            if is_complex
+            else Reading(terms[0], len(sizes) - 1, alone=parts[0])
+        )
         self._remember_plain(node, reading)
         return reading
 
@@ -141,20 +144,48 @@ class Columns:
         terms = of.terms[:, 0].reshape(heads, -1, 5)
         one = terms[0].copy()
         steps = terms[min(1, heads - 1), :, COLUMN] - one[:, COLUMN]
-        if (terms[..., SIGN] != 1).any() or (terms[..., SOURCE] != one[:, SOURCE]).any():
+        if of.alone is None and ((terms[..., SIGN] != 1).any() or (terms[..., SOURCE] != one[:, SOURCE]).any()):
             return None
         if (terms[..., COLUMN] != one[:, COLUMN] + steps * np.arange(heads)[:, None]).any():
             return None
         lead = (*shape(node)[: of.lead], heads)
-        for source in np.unique(one[:, SOURCE]):
+        made: int | None = None
+        for source in np.unique(one[:, SOURCE]) if of.alone is None else (of.alone,):
             chosen = terms[0, :, SOURCE] == source
-            if (steps[chosen] != steps[chosen][0]).any():
+            step = int(steps[chosen][0])
+            if (steps[chosen] != step).any():
                 return None
-            one[chosen, SOURCE] = self.source(("heads", heads, int(steps[chosen][0])), node, int(source), lead)
-        return Reading(one[:, None], len(lead))
+            made = self.source(("heads", heads, step), node, int(source), lead)
+            one[chosen, SOURCE] = made
+        return Reading(one[:, None], len(lead), alone=None if of.alone is None else made)
+
+    def forget(self, nodes: Collection[Node]) -> None:
+        """Forgets what was read of these nodes and of what is made of their columns."""
+        below, todo = set(nodes), [*nodes]
+        while todo:
+            # What no rule reads is a source, whatever it is made of.
+            new = {user for user in todo.pop().users if user.target in RULES or user.target in SPLITS} - below
+            below |= new
+            todo += new
+        for known in (self._readings, self._leaves, self._plain):
+            for node in below & known.keys():
+                del known[node]
+        for source in self.sources[1:]:
+            source.plain = [each for each in source.plain if each[0] not in below]
+
+    def is_new(self, node: Any) -> bool:
+        """Whether no column of ``node`` is one of a source that was read so far, as far as is known without reading."""
+        while isinstance(node, Node) and node.op == "call_function" and node not in self._readings:
+            if node.target in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor):
+                # A product or sum of columns, or a source of its own.
+                return len(node.args) == 2 and all(shape(arg) for arg in node.args)
+            if node.target not in REARRANGES and node.target not in SPLITS:
+                return node.target not in RULES
+            node = node.args[0]
+        return False
 
     def define(self, node: Node, reading: Reading) -> None:
-        """Says what a node's columns are; before anything below it is read."""
+        """Says what a node's columns are; before anything below it is read, or after that is forgotten."""
         self._readings[node] = reading
         self._remember_plain(node, reading)
 
@@ -189,6 +220,10 @@ class Columns:
     def function(self, node: Node, of: Reading, key: tuple[Hashable, ...], lead: tuple[Any, ...]) -> Reading:
         """A reading of ``node`` whose columns are those of a plain one, each after the function ``key``."""
         terms = of.terms.copy()
+        if of.alone is not None:
+            made = self.source(key, node, of.alone, lead)
+            terms[..., SOURCE] = made
+            return Reading(terms, len(lead), of.is_complex, made)
         for source, sign in {(int(a), int(b)) for a, b in different_pairs(of.terms[..., SOURCE], of.terms[..., SIGN])}:
             chosen = (of.terms[..., SOURCE] == source) & (of.terms[..., SIGN] == sign)
             of_what = source if sign > 0 else self.source(("neg",), node, source, self.sources[source].lead)
@@ -198,6 +233,11 @@ class Columns:
 
     def _remember_plain(self, node: Node, reading: Reading) -> None:
         if len(reading.dims) != 1 or not reading.dims[0] or not reading.is_plain:
+            return
+        if reading.alone is not None:
+            source = self.sources[reading.alone]
+            if dtype_of(node) == source.dtype:
+                source.plain.append((node, reading.terms[:, 0, COLUMN]))
             return
         for part in (0, 1) if reading.is_complex else (None,):
             terms = reading.terms[:, 0] if part is None else reading.terms[:, part, 0]

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import CacheWriteBlock, Found, NearMiss, Slots
-from autofuse.graph.fakes import fake_mode_of, on_fakes
+from autofuse.graph.fakes import fake_mode_of, on_layouts
 from autofuse.graph.recognise.custom_ops import CustomCall, Layout, Written, custom_calls, layout_of
 from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, is_getitem, same_size, same_sizes, shape, tensor
 
@@ -276,10 +276,9 @@ def _layout(root: Node, path: Sequence[Node], order: Sequence[int | None], dims:
     """(the cache as [blocks, rows, heads, columns] in the storage of ``root``, whether that is ``root`` itself)"""
     value = tensor(root)
     assert value is not None
-    mode = fake_mode_of([value])
-    if mode is None:
+    if fake_mode_of([value]) is None:
         raise _OffError(f"{root} has no fake tensor")
-    with on_fakes(mode):
+    with on_layouts(value, *map(tensor, path)):
         view: Any = value
         for node in path:
             if is_getitem(node):

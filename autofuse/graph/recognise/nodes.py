@@ -72,6 +72,8 @@ def expression(size: Any) -> Any:
 
 def concrete(size: Any) -> int | None:
     """``size`` if it is known while compiling, else None. Adds no guard."""
+    if type(size) is int:
+        return size
     expr = expression(size)
     return expr if isinstance(expr, int) else None
 
@@ -93,6 +95,8 @@ def product(sizes: Sequence[Any]) -> Any:
 
 def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are equal for every value of their symbols, as far as simplifying tells."""
+    if type(left) is int and type(right) is int:
+        return left == right
     left, right = expression(left), expression(right)
     return bool(left == right or (left - right) == 0)
 

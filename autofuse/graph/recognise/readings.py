@@ -16,6 +16,7 @@ __all__ = [
     "Reading",
     "alike_terms",
     "different_pairs",
+    "plain_terms",
     "product_of",
     "sum_of",
 ]
@@ -34,11 +35,13 @@ class Reading:
             node's last dimensions, one or two; of a complex node there is one more, real and imaginary part.
         lead: how many of the node's dimensions come before those.
         is_complex: whether the node is.
+        alone: the source that all columns are of, each as it is; None if there are several, or if it is not known.
     """
 
     terms: np.ndarray
     lead: int
     is_complex: bool = False
+    alone: int | None = None
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -48,13 +51,26 @@ class Reading:
     @cached_property
     def is_plain(self) -> bool:
         """Whether each column is a source's, and nothing else."""
-        return self.terms.shape[-2] == 1 and not self.terms[..., FACTOR].any()
+        return self.alone is not None or (self.terms.shape[-2] == 1 and not self.terms[..., FACTOR].any())
+
+    def rearranged(self, terms: np.ndarray) -> Reading:
+        """A reading of some of the same columns, in any order and any dimensions."""
+        return Reading(terms, self.lead, self.is_complex, self.alone)
 
     def two_terms(self) -> np.ndarray:
         """The terms, two for each column."""
         if self.terms.shape[-2] == 2:
             return self.terms
         return np.concatenate([self.terms, np.zeros_like(self.terms)], axis=-2)
+
+
+def plain_terms(source: int, columns: np.ndarray) -> np.ndarray:
+    """The terms of columns of a source, as they are: [width, 1, 5]."""
+    terms = np.zeros((len(columns), 1, 5), np.int32)
+    terms[:, 0, SIGN] = 1
+    terms[:, 0, SOURCE] = source
+    terms[:, 0, COLUMN] = columns
+    return terms
 
 
 def product_of(one: np.ndarray, other: np.ndarray) -> np.ndarray:

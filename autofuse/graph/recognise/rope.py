@@ -18,7 +18,7 @@ from autofuse.graph.blocks import Angles, Found, HeadRows, NearMiss, RopeBlock, 
 from autofuse.graph.recognise.columns import Columns
 from autofuse.graph.recognise.custom_ops import CustomCall, Written, custom_calls, layout_of
 from autofuse.graph.recognise.nodes import concrete, dtype_of, is_call, same_sizes, shape
-from autofuse.graph.recognise.readings import COLUMN, SIGN, SOURCE, Reading
+from autofuse.graph.recognise.readings import COLUMN, SIGN, SOURCE, Reading, plain_terms
 from autofuse.graph.recognise.rotation import (
     FLOATS,
     KEEP_ORDER,
@@ -44,17 +44,18 @@ _ROTATED = "rotated"  # the key of a source
 
 def find_ropes(graph: Graph) -> Found:
     """All RoPEs in a post-grad graph, partial ones and those on slices included, and what came close to being one."""
-    rotations, near_misses = find_rotations(graph)
     columns = Columns()
+    rotations, near_misses = find_rotations(graph, columns)
+    calls = [call for call in custom_calls(graph) if call.name == _OPERATOR]
+    columns.forget([*(rotation.core for rotation in rotations), *(call.node for call in calls)])
     followed: list[_Followed] = []
     for rotation in rotations:
         followed.append(_Followed(columns, rotation.core, [_rotated_by_arithmetic(columns, rotation)]))
-    for call in custom_calls(graph):
-        if call.name == _OPERATOR:
-            try:
-                followed.append(_Followed(columns, call.node, _rotated_by_operator(columns, call)))
-            except OffError as error:
-                near_misses.append(NearMiss("RoPE", call.node, str(error)))
+    for call in calls:
+        try:
+            followed.append(_Followed(columns, call.node, _rotated_by_operator(columns, call)))
+        except OffError as error:
+            near_misses.append(NearMiss("RoPE", call.node, str(error)))
     blocks: list[RopeBlock] = []
     for each in followed:
         try:
@@ -128,7 +129,8 @@ def _rotated_by_arithmetic(columns: Columns, rotation: Rotation) -> _Rotated:
         above=_one_source(rows, rotation.first, rotation.width),
         own=rotation.own,
     )
-    columns.define(rotation.core, Reading(_plain_terms(source, np.arange(rotation.width)), len(frame)))
+    terms = plain_terms(source, np.arange(rotation.width))
+    columns.define(rotation.core, Reading(terms, len(frame), alone=source))
     return one
 
 
@@ -155,7 +157,7 @@ def _rotated_by_operator(columns: Columns, call: CustomCall) -> list[_Rotated]:
         terms = before.terms.copy()
         for one in parts:
             source, at, held = one.in_buffer()
-            terms[at] = _plain_terms(source, held)
+            terms[at] = plain_terms(source, held)
         columns.define(item, Reading(terms, before.lead))
     return [one for parts in found.values() for one in parts]
 
@@ -215,14 +217,6 @@ def _argument(columns: Columns, call: CustomCall, name: str, written: Written, r
         own=(call.node, *call.node.users),
         call=(call.node, name),
     )
-
-
-def _plain_terms(source: int, held: np.ndarray) -> np.ndarray:
-    terms = np.zeros((len(held), 1, 5), np.int32)
-    terms[:, 0, SIGN] = 1
-    terms[:, 0, SOURCE] = source
-    terms[:, 0, COLUMN] = held
-    return terms
 
 
 def _one_source(reading: Reading, first: int, width: int) -> tuple[int, int]:
@@ -287,7 +281,8 @@ class _Followed:
         if _scatters(user, node):
             return True
         if is_call(user, aten.cat.default):
-            return self._held_by(user)[0] is not None
+            parts: Any = user.args[0]
+            return not any(map(self._columns.is_new, parts)) and self._held_by(user)[0] is not None
         return is_call(user, *SIZE_ONE, *RESHAPES) and any(
             _scatters(further, user) or self._goes_on(further, user) for further in user.users
         )

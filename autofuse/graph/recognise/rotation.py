@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autofuse.graph.blocks import Angles, NearMiss
+from autofuse.graph.recognise.column_rules import REARRANGES, SPLITS
 from autofuse.graph.recognise.columns import Columns, Source
 from autofuse.graph.recognise.nodes import (
     cast_source,
@@ -58,6 +59,12 @@ _ON_THE_WAY = (
     aten.view_as_real.default,
     aten.unsqueeze.default,
 )
+_MAY_HOLD_SUMS = (
+    aten.copy.default,
+    aten.slice_scatter.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+)
 _COMPUTES = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.cat.default)
 
 
@@ -97,13 +104,13 @@ class _Pairing:
     sin: tuple[int, np.ndarray]
 
 
-def find_rotations(graph: Graph) -> tuple[list[Rotation], list[NearMiss]]:
+def find_rotations(graph: Graph, columns: Columns) -> tuple[list[Rotation], list[NearMiss]]:
     """All rotations of a post-grad graph, and what came close to being one."""
-    columns = Columns()
+    sums = _Sums()
     rotations: dict[Node, Rotation] = {}
     near_misses: dict[Node, NearMiss] = {}
     for anchor in _anchors(graph):
-        found, off = _first_rotated(columns, anchor)
+        found, off = _first_rotated(columns, sums, anchor)
         if found is not None and (core := _cast_back(found[0])) not in rotations:
             try:
                 rotations[core] = _rotation(columns, core, found[1])
@@ -120,17 +127,40 @@ def _anchors(graph: Graph) -> list[Node]:
     return sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target))
 
 
-def _first_rotated(columns: Columns, anchor: Node) -> tuple[tuple[Node, _Pairing] | None, tuple[Node, str] | None]:
+class _Sums:
+    """Which nodes may hold sums in each column, as rotated rows do: a look at a few targets, that spares a reading."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, bool] = {}
+
+    def __contains__(self, node: Node) -> bool:
+        if node not in self._known:
+            self._known[node] = self._find(node)
+        return self._known[node]
+
+    def _find(self, node: Node) -> bool:
+        if is_call(node, *REARRANGES, *SPLITS):
+            above = node.args[0]
+            return isinstance(above, Node) and above in self
+        if is_call(node, aten.cat.default):
+            parts: Any = node.args[0]
+            return all(part in self for part in parts)
+        if is_call(node, aten.mul.Tensor):
+            return dtype_of(node) == torch.complex64
+        return is_call(node, aten.add.Tensor, aten.sub.Tensor, *_MAY_HOLD_SUMS)
+
+
+def _first_rotated(
+    columns: Columns, sums: _Sums, anchor: Node
+) -> tuple[tuple[Node, _Pairing] | None, tuple[Node, str] | None]:
     """(the first node from ``anchor`` on that holds rotated rows, how); else, if one came close, (that, why not)."""
     off: tuple[Node, str] | None = None
     todo, seen = [(anchor, 0)], {anchor}
     while todo:
         node, steps = todo.pop(0)
-        reading = columns.read(node)
-        if reading is None:
-            continue
+        reading = columns.read(node) if node in sums else None
         try:
-            pairing = _pairing(columns, node, reading)
+            pairing = None if reading is None else _pairing(columns, node, reading)
             if pairing is not None:
                 return (node, pairing), None
         except OffError as error:
@@ -308,6 +338,8 @@ def _is_only(columns: Columns, node: Node, sources: set[int]) -> bool:
     reading = columns.read(node)
     if reading is None or not reading.is_plain:
         return False
+    if reading.alone is not None:
+        return reading.alone in sources
     return not sources.isdisjoint(np.unique(reading.terms[..., SOURCE]).tolist())
 
 
