@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from autofuse.errors import BadInput
 from autofuse.ops import Config, Problem
-from bench_search import chosen, loaded, trials_to_near
+from bench_search import added, chosen, loaded, markdown, trials_to_near
 from search.recorded import Outcome, Recorded
 from search.strategies import OPTUNA, SIMPLE
 
@@ -64,3 +65,21 @@ def test_an_unknown_strategy_is_refused() -> None:
     assert list(chosen("random, autofuse")) == ["random", "autofuse"]
     with pytest.raises(BadInput, match="strategy 'luck' is none of autofuse, "):
         chosen("luck")
+
+
+def test_rows_of_other_searches_stay_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    row = {"target": "gpu", "problem": "op()", "space": "op T=4", "strategy": "luck", "median_trials": 9}
+    path.write_text(json.dumps(added([row, {**row, "strategy": "random"}], path)))
+    again = added([{**row, "median_trials": 7}], path)
+    assert [(each["strategy"], each["median_trials"]) for each in again] == [("luck", 7), ("random", 9)]
+
+
+def test_the_table_says_where_not_every_seed_got_there() -> None:
+    recorded = space()
+    row = {"space": recorded.name, "problem": str(recorded.problem), "seeds": 3, "trials": 12}
+    found = {**row, "strategy": "luck", "median_trials": 5, "reached": 1.0}
+    missed = {**row, "strategy": "grid", "median_trials": None, "reached": 1 / 3}
+    header, _, line = markdown([found, missed], [recorded]).splitlines()
+    assert header.endswith("| luck, 3 seeds | grid, 3 seeds |")
+    assert line.endswith("| 5 | > 12 (33%) |")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import bench_search
 import database_tables
 import language_table
 from autofuse.cli.app import app
@@ -161,10 +162,17 @@ def test_the_page_on_tuning_names_every_preset_and_only_options_that_there_are()
     assert re.findall(r"`([^`]+)`", presets) == list(PRESETS)
     command = get_command(app).commands["tune"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
-    assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--kills", "--record", "--most"} <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--kills", "--record", "--most", "--markdown"} <= known
 
 
 def test_the_table_of_languages_is_the_recorded_one() -> None:
     text = language_table.DOCUMENT.read_text(encoding="utf-8")
     recorded_rows = json.loads(language_table.RECORDED.read_text(encoding="utf-8"))
     assert replace_generated(text, language_table.table(recorded_rows), language_table.BEGIN) == text
+
+
+def test_the_table_of_searches_is_the_recorded_one() -> None:
+    text = bench_search.DOCUMENT.read_text(encoding="utf-8")
+    rows = json.loads(bench_search.RESULTS.read_text(encoding="utf-8"))
+    table = bench_search.markdown(rows, bench_search.loaded([bench_search.FOLDER]))
+    assert replace_generated(text, table, bench_search.BEGIN) == text, "run scripts/bench_search.py --markdown"
