@@ -17,7 +17,11 @@ from rope_dialects import (
     vllm_neox,
 )
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.node import map_arg
 
+from autofuse.graph.blocks import RopeBlock
 from autofuse.graph.recognise import recognise
 
 T, H, D, P = 5, 4, 16, 32
@@ -350,3 +354,21 @@ def test_sines_before_cosines_are_no_table():
 )
 def test_what_does_not_look_like_it_is_passed_over_in_silence(function):
     assert found(function, *tensors()) == ([], [])
+
+
+def test_a_long_chain_of_views_is_no_hindrance():
+    graph, mode = Graph(), FakeTensorMode()
+
+    def call(target, *args):
+        node = graph.call_function(target, args)
+        with mode:
+            node.meta["val"] = target(*map_arg(args, lambda arg: arg.meta["val"]))
+        return node
+
+    node = graph.placeholder("rows")
+    with mode:
+        node.meta["val"] = torch.empty(5, 64)
+    for _ in range(1000):
+        node = call(torch.ops.aten.neg.default, node)
+    graph.output((call(torch.ops.aten.cat.default, [node, node], -1),))
+    assert recognise(graph).of_kind(RopeBlock) == []

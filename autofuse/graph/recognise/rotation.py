@@ -134,14 +134,18 @@ class _Sums:
         self._known: dict[Node, bool] = {}
 
     def __contains__(self, node: Node) -> bool:
-        if node not in self._known:
-            self._known[node] = self._find(node)
-        return self._known[node]
+        chain = [node]  # which may be long: no recursion
+        while chain[-1] not in self._known and is_call(chain[-1], *REARRANGES, *SPLITS):
+            above: Any = chain[-1].args[0]
+            if not isinstance(above, Node):
+                break
+            chain.append(above)
+        top = chain[-1]
+        found = self._known[top] if top in self._known else self._find(top)
+        self._known.update(dict.fromkeys(chain, found))
+        return found
 
     def _find(self, node: Node) -> bool:
-        if is_call(node, *REARRANGES, *SPLITS):
-            above = node.args[0]
-            return isinstance(above, Node) and above in self
         if is_call(node, aten.cat.default):
             parts: Any = node.args[0]
             return all(part in self for part in parts)
