@@ -41,11 +41,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_compiler_that_hangs_is_ended(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_ahead, "COMPILE_LIMIT_S", 1.0)
+    monkeypatch.setattr(compile_ahead, "COMPILE_LIMIT_S", 4.0)
     started += [HANGS, REFUSES]
     with compile_pool("cuda", "sm_90a", workers=1) as pool:
         hung, *others = pool.submit([SPEC] * 3)
-        with pytest.raises(CompileError, match=r"mla_dual_rms_norm\.cu does not compile within 1 s"):
+        with pytest.raises(CompileError, match=r"mla_dual_rms_norm\.cu does not compile within 4 s"):
             hung.result()
         for other in others:  # by another worker
             with pytest.raises(CompileError, match="no such instruction"):

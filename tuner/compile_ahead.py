@@ -75,7 +75,13 @@ class CompilePool:
             self._workers.append(worker)
         assert worker.stdin is not None
         assert worker.stdout is not None
-        limit = threading.Timer(COMPILE_LIMIT_S, worker.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            worker.kill()
+
+        limit = threading.Timer(COMPILE_LIMIT_S, end)
         limit.daemon = True
         limit.start()
         try:
@@ -83,13 +89,13 @@ class CompilePool:
             answer = worker.stdout.readline()
         except OSError:
             answer = ""
-        in_time = limit.is_alive()
         limit.cancel()
-        if not answer and not in_time:
-            raise CompileError(f"{spec.source} does not compile within {COMPILE_LIMIT_S:.0f} s")
         if not answer:
             worker.kill()
-            raise CompileError(f"the compiler of {spec.source} died (exit code {worker.wait()})")
+            code = worker.wait()  # or the next kernel might go to a worker that is about to end
+            if late.is_set():
+                raise CompileError(f"{spec.source} does not compile within {COMPILE_LIMIT_S:.0f} s")
+            raise CompileError(f"the compiler of {spec.source} died (exit code {code})")
         reply = json.loads(answer)
         if error := reply.get("error"):
             raise getattr(errors, error)(reply["message"])
