@@ -95,7 +95,8 @@ class RopePair:
 def pair_ropes(found: Found) -> tuple[list[RopePair], list[NearMiss]]:
     """The rotations of each attention; and rotations that look as if they belonged together, but are unclear."""
     norms = {norm.output: norm for norm in found.rms_norms()}
-    written, writes = _written(found), _Writes(found, norms)
+    written = _written(found)
+    writes = _Writes(found, norms, written)
     pairs: list[RopePair] = []
     misses: list[NearMiss] = []
     for group, why in _groups(found.ropes(), norms):
@@ -229,18 +230,15 @@ def _views_up_to(part: Node, reads: set[Node]) -> list[Node] | None:
 class _Writes:
     """The writes to caches of a graph, and what is asked of them again for each attention."""
 
-    def __init__(self, found: Found, norms: dict[Node, RMSNormBlock]) -> None:
-        self._all = found.cache_writes()
+    def __init__(
+        self, found: Found, norms: dict[Node, RMSNormBlock], rotated: dict[Node, tuple[CacheWriteBlock, int]]
+    ) -> None:
+        of_ropes = {_place(write) for write, _ in rotated.values()}
+        every = found.cache_writes()
+        self.of_values = [each for each in every if _place(each) not in of_ropes and len(each.parts) == 1]
+        """Those of one part that is not rotated."""
         self._norms = norms
-        self._values: list[CacheWriteBlock] | None = None
         self._origins: dict[Node, set[Node]] = {}
-
-    def of_values(self, written: dict[Node, tuple[CacheWriteBlock, int]]) -> list[CacheWriteBlock]:
-        """Those of one part that is not rotated. Args: written: as of ``_written``."""
-        if self._values is None:
-            of_ropes = {_place(write) for write, _ in written.values()}
-            self._values = [each for each in self._all if _place(each) not in of_ropes and len(each.parts) == 1]
-        return self._values
 
     def origin(self, node: Node) -> set[Node]:
         """What the linears above ``node`` read."""
@@ -263,7 +261,7 @@ def _with_writes(
     key_write, part = mine[0]
     if len(key_write.parts) > 1:
         return RopePair(q, k, key_write, part, between=_between(k, key_write, part))
-    beside = [write for write in writes.of_values(written) if _same_slots(write, key_write)]
+    beside = [write for write in writes.of_values if _same_slots(write, key_write)]
     if key_write.call is not None or any(write.call is not None for write in beside):
         beside = [write for write in beside if write.call is key_write.call]
     if len(beside) > 1:
