@@ -7,13 +7,15 @@
 // STAGED 0: each warp has 64 columns, all of QK_NOPE for them in registers, while the block's tokens pass by, 16 at a time. So
 // operands go from global memory into registers, as tensor cores want them, and sums from there to the query: no barrier, no
 // shared memory.
-// STAGED 1: operands pass through shared memory, all at once. Each warpgroup has 64 tokens, all share W_UK.
+// STAGED 1: operands pass through shared memory. Each warpgroup has 64 tokens at a time, all share W_UK. Where TOKENS is more
+// than that, W_UK stays there while the tokens pass by in rounds: the next round's come while this one's are multiplied and
+// stored.
 //
 // Constants of the problem: those of mla_rope.cuh, QK_NOPE, and W_CONSTANT (no kernel that may still be running writes W_UK).
 // Tunables: those of mla_rope.cuh, of which THREADS is also the size of a block that multiplies, PDL 2 lets the next kernel
 // start when the first loads are on their way, and PREFETCH also stands for pulling W_UK into L2 while waiting; and
 //   STAGED    which kernel
-//   TOKENS    STAGED 0: per block: W_UK is read less often, fewer blocks. STAGED 1: 64 for each warpgroup, whatever it says
+//   TOKENS    per block: W_UK is read less often, fewer blocks
 //   W_COLUMNS STAGED 1: per block: q_nope is read less often, fewer blocks. STAGED 0: 64 for each warp, whatever it says
 //   EARLY     with PDL and W_CONSTANT: blocks load W_UK while they wait
 #define COPY_Q_NOPE 0
@@ -27,7 +29,6 @@ struct Params {
 };
 
 // Of a block that multiplies.
-constexpr int BLOCK_TOKENS = STAGED ? THREADS / 128 * 64 : TOKENS;
 constexpr int BLOCK_COLUMNS = STAGED ? W_COLUMNS : THREADS / WARP_SIZE * 64;
 constexpr int SHARERS = NOPE / BLOCK_COLUMNS;  // blocks that share a head's columns
 
@@ -39,14 +40,14 @@ static_assert(!EARLY || (PDL && W_CONSTANT), "what is read early is there");
 struct Place {
     int column, head;  // its first column
     i64 first;         // token
-    int tokens;        // that there are, of BLOCK_TOKENS
+    int tokens;        // that there are, of TOKENS
 
     __device__ __forceinline__ Place(const RopeParams& p, u32 block)
         : column(int(block % SHARERS) * BLOCK_COLUMNS),
           head(int(block / SHARERS % HEADS)),
-          first(i64(block / (SHARERS * HEADS)) * BLOCK_TOKENS) {
+          first(i64(block / (SHARERS * HEADS)) * TOKENS) {
         const int left = int(p.tokens - first);
-        tokens = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
+        tokens = left < TOKENS ? left : TOKENS;
     }
 
     __device__ __forceinline__ const Element* weights(const Params& p) const { return p.w + head * p.w_head + column; }
@@ -84,7 +85,7 @@ typedef WarpProduct<Element> Product;
 constexpr int STEPS = QK_NOPE / Product::DEPTH;
 constexpr int TILE = Product::ROWS;
 
-static_assert(QK_NOPE % Product::DEPTH == 0 && BLOCK_TOKENS % TILE == 0, "whole tiles");
+static_assert(QK_NOPE % Product::DEPTH == 0 && TOKENS % TILE == 0, "whole tiles");
 
 // A lane's part of W_UK: all of QK_NOPE, for the warp's columns.
 struct Weights {
@@ -164,23 +165,28 @@ __device__ __forceinline__ void multiply(const Params& p, u32 block) {
 
 #else
 
-typedef WarpgroupProduct<Element, BLOCK_COLUMNS> Product;
+typedef WarpgroupProduct<Element, BLOCK_COLUMNS < 128 ? BLOCK_COLUMNS : 128> Product;
 
-constexpr int WARPGROUP = 128;
+constexpr int WARPGROUP = 128, WARPGROUPS = THREADS / WARPGROUP;
+constexpr int ROUND = WARPGROUPS * Product::ROWS, ROUNDS = TOKENS / ROUND;  // tokens; their number
+constexpr int BUFFERS = ROUNDS > 1 ? 2 : 1;                                // of a warpgroup's q_nope
 constexpr int TILES = QK_NOPE / Product::DEPTH;
 constexpr int W_TILES_BYTES = TILES * Product::W_BYTES, X_TILES_BYTES = TILES * Product::X_TILE_BYTES;
+constexpr int PARTS = BLOCK_COLUMNS / Product::COLUMNS;  // of the columns, one after the other
 
 static_assert(WARP_SIZE == 32, "warpgroups have 32 lanes a warp");
-static_assert(QK_NOPE % Product::DEPTH == 0 && THREADS % WARPGROUP == 0, "whole tiles");
+static_assert(QK_NOPE % Product::DEPTH == 0 && THREADS % WARPGROUP == 0 && TOKENS % ROUND == 0, "whole tiles");
 
 // The thread's share of the block's W_UK.
 __device__ __forceinline__ void copy_weights(const Params& p, const Place& at, u8* tiles) {
-    constexpr int PIECES = BLOCK_COLUMNS / 8, TILE_PIECES = Product::W_ROW_BYTES / 16;  // of 16 bytes, in a row
+    constexpr int PIECES = BLOCK_COLUMNS / 8, PART_PIECES = Product::COLUMNS / 8;  // of 16 bytes, in a row
+    constexpr int TILE_PIECES = Product::W_ROW_BYTES / 16;
     static_assert(QK_NOPE * PIECES % THREADS == 0, "as many for each thread");
 #pragma unroll
     for (int i = 0; i < QK_NOPE * PIECES / THREADS; ++i) {
         const int number = i * THREADS + threadIdx.x, row = number / PIECES, piece = number % PIECES;
-        u8* const tile = tiles + row / TILE_ROWS * Product::W_BYTES + piece / TILE_PIECES * Product::W_TILE_BYTES;
+        const int part = piece / PART_PIECES, tile_of_part = piece % PART_PIECES / TILE_PIECES;
+        u8* const tile = tiles + part * W_TILES_BYTES + row / TILE_ROWS * Product::W_BYTES + tile_of_part * Product::W_TILE_BYTES;
         copy_async(tile + tile_offset<Product::W_ROW_BYTES>(row % TILE_ROWS, piece % TILE_PIECES),
                    at.weights(p) + row * p.w_row + piece * 8);
     }
@@ -201,40 +207,60 @@ __device__ __forceinline__ void copy_queries(const Element* from, i64 stride, in
 
 __device__ __forceinline__ void multiply(const Params& p, u32 block) {
     const Place at(p.rope, block);
-    const int warpgroup = THREADS == WARPGROUP ? 0 : int(shuffle(threadIdx.x / WARPGROUP, 0));  // the same for all of a warp
-    const int first = warpgroup * Product::ROWS;
+    const int warpgroup = WARPGROUPS == 1 ? 0 : int(shuffle(threadIdx.x / WARPGROUP, 0));  // the same for all of a warp
     u8* const w_tiles = dynamic_shared();
-    u8* const x_tiles = w_tiles + W_TILES_BYTES + warpgroup * X_TILES_BYTES;
+    u8* const x_tiles = w_tiles + PARTS * W_TILES_BYTES + warpgroup * BUFFERS * X_TILES_BYTES;
+    // The warpgroup's rows of a round, as a group of copies that is empty where there are none.
+    const auto load_round = [&](int round) {
+        const int first = round * ROUND + warpgroup * Product::ROWS;
+        if (round < ROUNDS)
+            copy_queries(at.queries(p.rope) + first * p.rope.q_nope_token, p.rope.q_nope_token, at.tokens - first,
+                         x_tiles + round % BUFFERS * X_TILES_BYTES);
+        commit_copies();
+    };
     if (EARLY) copy_weights(p, at, w_tiles);
     if (PDL) {
         prefetch_weights(p, at);
         wait_for_previous_kernel();
     }
     if (!EARLY) copy_weights(p, at, w_tiles);
-    copy_queries(at.queries(p.rope) + first * p.rope.q_nope_token, p.rope.q_nope_token, at.tokens - first, x_tiles);
-    commit_copies();
+    load_round(0);
     const float q_scale = Q_FP8 ? *p.rope.q_scale : 1.f;
     if (PDL == 2) let_next_kernel_start();
     const Fp8Scale scale(q_scale);
 
-    wait_for_copies<0>();
-    __syncthreads();
-    Product product;
-    product.template add<TILES>(x_tiles, w_tiles, true);
-    Product::wait();
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; ++round) {
+        const int first = round * ROUND + warpgroup * Product::ROWS;
+        if (round > 0 && first >= at.tokens) break;  // in the first round, a warpgroup without tokens has loaded some of W_UK
+        wait_for_copies<0>();
+        // Now this round's rows are there, and those of the one before are free, as far as this thread knows.
+        if (round == 0) {
+            __syncthreads();
+        } else {
+            sync_team(1 + warpgroup, WARPGROUP);
+        }
+        if (BUFFERS > 1) load_round(round + 1);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int token = first + Product::row(i);
+        for (int part = 0; part < PARTS; ++part) {
+            Product product;
+            product.template add<TILES>(x_tiles + round % BUFFERS * X_TILES_BYTES, w_tiles + part * W_TILES_BYTES, true);
+            Product::wait();
 #pragma unroll
-        for (int c = 0; c < BLOCK_COLUMNS / 8; c += 4) {
-            Vector<Element, 16> rounded;
+            for (int i = 0; i < 2; ++i) {
+                const int token = first + Product::row(i);
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                rounded.words[e] =
-                    Pair<Element>::pack(product.sums[4 * (c + e) + 2 * i], product.sums[4 * (c + e) + 2 * i + 1]);
-            transpose(rounded.words);  // now all lanes' pairs of one of the eights of columns
-            if (token < at.tokens)
-                store_product(p.rope, at, token, (c + threadIdx.x % 4) * 8, rounded, scale);
+                for (int c = 0; c < Product::COLUMNS / 8; c += 4) {
+                    Vector<Element, 16> rounded;
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        rounded.words[e] =
+                            Pair<Element>::pack(product.sums[4 * (c + e) + 2 * i], product.sums[4 * (c + e) + 2 * i + 1]);
+                    transpose(rounded.words);  // now all lanes' pairs of one of the eights of columns
+                    if (token < at.tokens)
+                        store_product(p.rope, at, token, part * Product::COLUMNS + (c + threadIdx.x % 4) * 8, rounded, scale);
+                }
+            }
         }
     }
 }
@@ -243,7 +269,7 @@ __device__ __forceinline__ void multiply(const Params& p, u32 block) {
 
 extern "C" __global__ void ALL_REGISTERS(THREADS) mla_q_absorb_rope_kv_cache(const Params p) {
     if (PDL == 1) let_next_kernel_start();
-    const u32 multipliers = u32((p.rope.tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * (HEADS * SHARERS);
+    const u32 multipliers = u32((p.rope.tokens + TOKENS - 1) / TOKENS) * (HEADS * SHARERS);
     if (blockIdx.x < multipliers) {
         multiply(p, blockIdx.x);
     } else {

@@ -163,6 +163,25 @@ def test_a_search_ends_sooner_where_something_else_is_known_to_be_much_faster() 
     assert 20 <= len(run(search)) < 30 < len(run(new_search(effort=patient)))
 
 
+def test_a_search_ends_with_configs_that_are_like_the_best_but_for_one_tunable() -> None:
+    search = new_search(effort=replace(EFFORT, trials=40, polish=8, batch=1))
+    times: dict[Config, float] = {}
+    for (config,) in search.batches():
+        if len(times) >= 32:
+            best = min(times, key=times.__getitem__)
+            assert sum(config[name] != best[name] for name in config) == 1
+        times[config] = pretended_time(config)
+        search.tell(config, times[config])
+    assert len(times) == search.total == 40
+
+
+def test_what_is_much_slower_than_something_else_is_not_polished() -> None:
+    patient = replace(EFFORT, trials=200, fewest_trials=20, settled=0.001, polish=50)
+    search = new_search(effort=patient)
+    search.hear(0.01)
+    assert len(run(search)) < 30
+
+
 def test_unknown_efforts_are_refused() -> None:
     with pytest.raises(BadInput, match="effort 'huge' is none of quick, default, exhaustive"):
         effort("huge")

@@ -151,6 +151,7 @@ class Effort:
         trials: configs measured per bucket by a search at most, those already in the database included.
         fewest_trials: so many at least, before a search may end for what it expects.
         settled: it ends when no config is expected to be faster than the best by this share.
+        polish: of the trials, so many at the end are configs that differ from the best in one tunable.
         triton_fewest, triton_settled: the same of the search among kernels in Triton, which take their compiler a
             second each and know what the kernel in C++ reaches.
         priors: winners of other buckets, problems and devices that are tried before anything else.
@@ -162,6 +163,7 @@ class Effort:
         finalists: best configs that are measured again to choose one of them.
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
+        places: on a GPU, these rounds are spread over so many rings of inputs at other addresses.
         tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
@@ -180,6 +182,7 @@ class Effort:
     trials: int = 80
     fewest_trials: int = 64
     settled: float = 0.0001
+    polish: int = 14
     triton_fewest: int = 16
     triton_settled: float = 0.003
     priors: int = 4
@@ -190,6 +193,7 @@ class Effort:
     trial_rounds: int = 7
     finalists: int = 4
     final_rounds: int = 25
+    places: int = 3
     tie: float = 0.005
     steady_interval: float = 1.15
     attempts: int = 4
@@ -208,10 +212,12 @@ EFFORTS = {
         trials=24,
         fewest_trials=16,
         settled=0.003,
+        polish=6,
         triton_fewest=8,
         triton_settled=0.01,
         trial_rounds=5,
         final_rounds=15,
+        places=1,
     ),
     "default": Effort(),
     "exhaustive": Effort(exhaustive_up_to=100_000),

@@ -4,10 +4,11 @@ optuna's own samplers draw each tunable by itself: what they propose may break a
 asked again. Here all configs that are allowed are enumerated (there are some thousands), a Gaussian process learns the
 logarithm of the times, and the config with the largest expected improvement is proposed, each once. A config is a point
 whose coordinates are its tunables and whatever else is told of it: that twice the rows in half the warps make the same
-number of blocks is not to be seen from the tunables. Every fourth time
-it is the config that would be the fastest if all went as well as may be: a model that is too sure of itself would never
-look elsewhere. Proposals that are still running are taken to be as fast as the process believes, and so several can be
-asked for at a time.
+number of blocks is not to be seen from the tunables. Every third time it is the config that would be the fastest if all
+went as well as may be: a model that is too sure of itself would never look elsewhere. On request, it is one that is
+like the best but for one tunable: where times change abruptly, the model cannot tell which of these are faster.
+Proposals that are still running are taken to be as fast as the process believes, and so several can be asked for at a
+time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Described = Callable[[Config], Sequence[float]]
 """Coordinates of a config besides its tunables."""
 
 _FEWEST = 2  # measured configs, before there is anything to learn
-_EXPLORE_EACH = 4  # proposals
+_EXPLORE_EACH = 3  # proposals
 
 
 class ConfigSampler(BaseSampler):
@@ -68,6 +69,8 @@ class ConfigSampler(BaseSampler):
         self._believed: set[int] = set()  # places
         self.to_beat_us = math.inf
         """What something else takes that is no config of the list: an improvement is to be faster than that as well."""
+        self.polishing = False
+        """Whether to propose what differs from the best config in one tunable only, as long as there is any."""
         self.expected_gain = math.inf
         """By what share the most promising config is expected to be faster than the best: 0.01 for 1 %. Infinite before
         there is a model."""
@@ -104,7 +107,10 @@ class ConfigSampler(BaseSampler):
         if len(taken) < self._startup_trials or len(times) < _FEWEST:
             return dict(self._configs[self._random.choice(left)])
         self._learn(finished, times)
-        return dict(self._configs[self._most_promising(left, set(taken) - set(finished), self._best(times))])
+        running, best = set(taken) - set(finished), min(times, key=times.__getitem__)
+        if self.polishing and len(near := left[self._steps(left, best) == 1]):
+            return dict(self._configs[self._most_promising(near, running, self._to_beat(times), explore=False)])
+        return dict(self._configs[self._most_promising(left, running, self._to_beat(times))])
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -125,11 +131,17 @@ class ConfigSampler(BaseSampler):
         self._posterior = self._process.posterior(self._points)
         self._learnt, self._believed = learnt, set()
 
-    def _best(self, times: Mapping[int, float]) -> float:
+    def _steps(self, places: np.ndarray, best: int) -> np.ndarray:
+        """In how many tunables the configs at these places differ from the one at ``best``."""
+        tunables = self._points[:, : len(self._values)]
+        steps: np.ndarray = (tunables[places] != tunables[best]).sum(1)
+        return steps
+
+    def _to_beat(self, times: Mapping[int, float]) -> float:
         best = min(times.values())
         return best if math.isinf(self.to_beat_us) else min(best, math.log(self.to_beat_us))
 
-    def _most_promising(self, left: np.ndarray, running: set[int], best: float) -> int:
+    def _most_promising(self, left: np.ndarray, running: set[int], best: float, explore: bool = True) -> int:
         posterior = self._posterior
         assert posterior is not None
         for place in sorted(running - self._believed):
@@ -137,5 +149,6 @@ class ConfigSampler(BaseSampler):
             self._believed.add(place)
         improvement = posterior.expected_improvement(best)[left]
         self.expected_gain = float(improvement.max())
-        at = np.argmin(posterior.optimistic()[left]) if len(left) % _EXPLORE_EACH == 0 else np.argmax(improvement)
+        explore = explore and len(left) % _EXPLORE_EACH == 0
+        at = np.argmin(posterior.optimistic()[left]) if explore else np.argmax(improvement)
         return int(left[at])

@@ -69,7 +69,8 @@ class ExhaustiveSearch(Search):
 
 class ModelSearch(Search):
     """A Gaussian process learns which configs are fast, and proposes what is expected to gain most; see
-    ``ConfigSampler``. It ends after the effort's trials, or when nothing is expected to gain anything any more.
+    ``ConfigSampler``. When the effort's trials are used up but for ``polish``, or nothing is expected to gain anything
+    any more, configs that are like the best one but for one tunable are tried, ``polish`` at most, and it ends.
 
     What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed
     and the same times give the same proposals.
@@ -111,19 +112,22 @@ class ModelSearch(Search):
         trials = max(effort.trials - len(known), sum(config in first for config in wanted))
         self._known = len(known)
         self._proposed = 0
+        self._best_us, self._to_beat_us = min(filter(None, known.values()), default=math.inf), math.inf
         self.total = max(min(trials, left), 0)
+        self._polish_from = max(self.total - effort.polish, self._first)  # proposals
 
     def ask(self) -> list[Config]:
         if self._asked:
             return []
-        for _ in range(min(self._effort.batch, self.total - self._proposed)):
+        while len(self._asked) < self._effort.batch and self._proposed < self.total:
+            self._sampler.polishing = self._proposed >= self._polish_from
             trial = self._study.ask(self._sampler.distributions)
-            if self._proposed >= self._first and self._is_settled():
-                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                self.total = self._proposed
-                break
             self._asked[Config.of(trial.params)] = trial
             self._proposed += 1
+            if self._first < self._proposed <= self._polish_from and self._is_settled():
+                close = self._best_us <= self._effort.race_margin * self._to_beat_us
+                self._polish_from = self._proposed
+                self.total = min(self.total, self._proposed + (self._effort.polish if close else 0))
         return list(self._asked)
 
     def tell(self, config: Config, time_us: float | None) -> None:
@@ -132,9 +136,10 @@ class ModelSearch(Search):
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, time_us)
+            self._best_us = min(self._best_us, time_us)
 
     def hear(self, time_us: float) -> None:
-        self._sampler.to_beat_us = min(self._sampler.to_beat_us, time_us)
+        self._to_beat_us = self._sampler.to_beat_us = min(self._to_beat_us, time_us)
 
     def _told(self, config: Config, time_us: float | None) -> optuna.trial.FrozenTrial:
         """A finished trial that was not asked for."""
@@ -198,7 +203,7 @@ def search_for(
         share = effort
         if kernel.language == TRITON:
             fewest, settled = effort.triton_fewest, effort.triton_settled
-            share = replace(effort, batch=2 * effort.batch, fewest_trials=fewest, settled=settled)
+            share = replace(effort, batch=2 * effort.batch, fewest_trials=fewest, settled=settled, polish=0)
         mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
         searches[kernel.language] = search_in(
             kernel.space, problem, tokens, mine, first, share, seed, wanted, described

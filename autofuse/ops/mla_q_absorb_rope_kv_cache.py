@@ -26,7 +26,8 @@ __all__ = ["MlaQAbsorbRopeKvCache"]
 
 _DTYPES = ("bf16", "fp16")  # that tensor cores multiply
 _WARP_ROWS, _WARP_COLUMNS, _WARP_DEPTH = 16, 64, 32  # what a warp multiplies at once: see kernels_src/mma.cuh
-_MOST_COLUMNS = 128  # of the staged kernel
+_MOST_COLUMNS = 128  # of a warpgroup's product
+_MOST_TOKENS = 128  # of a block of the kernel that is not staged
 _WARPGROUP, _TILE = 128, 64  # threads, and the tokens that they multiply at once
 _WIDEST = 128  # of qk_nope_head_dim: W_UK stays in registers
 _DS_MLA_THREADS = 64  # groups of fp8_ds_mla lie within a warp, of 32 lanes or 64
@@ -46,9 +47,14 @@ def _rope_problem(problem: Problem) -> Problem:
     return Problem(_ROPE.name, tuple((name, value) for name, value in problem.params if name not in own))
 
 
-def _tokens(config: Config) -> int:
-    """Of a block that multiplies."""
-    return config["THREADS"] // _WARPGROUP * _TILE if config["STAGED"] else config["TOKENS"]
+def _round(config: Config) -> int:
+    """Staged, tokens that a block multiplies at a time."""
+    return config["THREADS"] // _WARPGROUP * _TILE
+
+
+def _whole_rounds(config: Config, problem: Problem, tokens: int) -> bool:
+    count = config["TOKENS"]
+    return count % max(_round(config), _TILE) == 0 if config["STAGED"] else count <= _MOST_TOKENS
 
 
 def _columns(config: Config) -> int:
@@ -67,8 +73,9 @@ def _whole_blocks(config: Config, problem: Problem, tokens: int) -> bool:
 
 
 def _shared_bytes(config: Config, problem: Problem) -> int:
-    """STAGED 1: W_UK and q_nope."""
-    return config["STAGED"] * 2 * problem.int("qk_nope_dim") * (_columns(config) + _tokens(config))
+    """STAGED 1: W_UK, and q_nope of a round and, where there is one, the next."""
+    rows = _round(config) * (1 if config["TOKENS"] == _round(config) else 2)
+    return config["STAGED"] * 2 * problem.int("qk_nope_dim") * (_columns(config) + rows)
 
 
 def _on_rope(constraint: Constraint) -> Constraint:
@@ -94,8 +101,8 @@ _GPU_SPACE = SearchSpace(
             for each in GPU_SPACE.tunables
         ),
         Tunable("STAGED", (0, 1), "operands pass through shared memory: for many tokens"),
-        Tunable("W_COLUMNS", (128, 64, 32), "staged, of a block that multiplies: less of q_nope, fewer blocks"),
-        Tunable("TOKENS", (16, 32, 64, 128), "not staged, of a block that multiplies: less of W_UK, fewer blocks"),
+        Tunable("W_COLUMNS", (128, 64, 32, 256), "staged, of a block that multiplies: less of q_nope, fewer blocks"),
+        Tunable("TOKENS", (16, 64, 32, 128, 256, 512), "of a block that multiplies: less of W_UK, fewer blocks"),
         Tunable("EARLY", (1, 0), "with PDL and a W_UK that is constant: it is loaded while waiting"),
     ),
     (
@@ -106,8 +113,12 @@ _GPU_SPACE = SearchSpace(
             _whole_blocks,
         ),
         Constraint(
-            "the staged kernel's tokens and the other one's columns follow from THREADS",
-            lambda c, p, t: c["TOKENS"] == _WARP_ROWS if c["STAGED"] else c["W_COLUMNS"] == _MOST_COLUMNS,
+            "columns follow from THREADS where operands are not staged",
+            lambda c, p, t: bool(c["STAGED"]) or c["W_COLUMNS"] == _MOST_COLUMNS,
+        ),
+        Constraint(
+            f"staged, whole rounds of {_TILE} tokens for each warpgroup; else at most {_MOST_TOKENS} tokens",
+            _whole_rounds,
         ),
         Constraint(
             "the groups of fp8_ds_mla lie within a warp, and begin with a block",
@@ -115,7 +126,7 @@ _GPU_SPACE = SearchSpace(
         ),
         Constraint(
             "a block that takes twice the tokens there are, or more, has nothing to do with the rest",
-            lambda c, p, t: _tokens(c) <= max(2 * t - 1, _TILE if c["STAGED"] else _WARP_ROWS),
+            lambda c, p, t: c["TOKENS"] <= max(2 * t - 1, _TILE if c["STAGED"] else _WARP_ROWS),
         ),
         Constraint(
             "only a kernel with PDL waits, and only a W_UK that is constant is there before that",
@@ -326,7 +337,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         )
 
     def sweep_problems(self) -> Sequence[Problem]:
-        few = {"heads": 2, "qk_nope_dim": 128, "nope_dim": 128, "rope_dim": 64, "latent_dim": 512}
+        few = {"heads": 2, "qk_nope_dim": 128, "nope_dim": 256, "rope_dim": 64, "latent_dim": 512}
         odd = {"heads": 1, "qk_nope_dim": 96, "nope_dim": 192, "rope_dim": 32, "latent_dim": 192}
         small = {"heads": 2, "qk_nope_dim": 32, "nope_dim": 64, "rope_dim": 16, "latent_dim": 64}
         wide = {"heads": 1, "qk_nope_dim": 32, "nope_dim": 512, "rope_dim": 16, "latent_dim": 64}
@@ -422,7 +433,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
         without = _ROPE.make_problem(**{**dict(_rope_problem(problem).params), "nope_dim": 0})
         units = launch_shape(without, config)
         return LaunchShape(
-            units_per_block=_tokens(config),
+            units_per_block=config["TOKENS"],
             repeat=problem.int("heads") * problem.int("nope_dim") // _columns(config),
             more_per_token=units.units_per_token,
             more_per_block=units.units_per_block,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autofuse.ops.problem import Config, Problem
@@ -27,7 +26,11 @@ class Tunable:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A condition every config must meet, and the reason for it."""
+    """A condition every config must meet, and the reason for it.
+
+    Attributes:
+        holds: whether a config meets it for a problem and a T; it goes by the values that it reads, and nothing else.
+    """
 
     reason: str
     holds: Callable[[Config, Problem, int], bool]
@@ -59,9 +62,65 @@ class SearchSpace:
         return None
 
     def configs(self, problem: Problem, tokens: int) -> Iterator[Config]:
-        """All configs that meet the constraints, in a fixed order."""
-        names = [tunable.name for tunable in self.tunables]
-        for values in itertools.product(*(tunable.values for tunable in self.tunables)):
-            config = Config.of(dict(zip(names, values, strict=True)))
-            if self.refusal(config, problem, tokens) is None:
-                yield config
+        """All configs that meet the constraints, in a fixed order.
+
+        Tunables get their values one after the other, and a constraint is decided as soon as those that it reads have
+        one: what breaks it is never completed. A space has some thousands of configs out of a hundred times as many
+        combinations.
+        """
+        chosen = _Chosen(frozenset(tunable.name for tunable in self.tunables))
+        yield from self._completed(chosen, 0, self.constraints, problem, tokens)
+
+    def _completed(
+        self, chosen: _Chosen, place: int, undecided: Sequence[Constraint], problem: Problem, tokens: int
+    ) -> Iterator[Config]:
+        """The configs that begin with these values. Tunables from ``place`` on have none yet."""
+        left = []
+        for constraint in undecided:
+            try:
+                if not constraint.holds(chosen, problem, tokens):
+                    return
+            except _Undecided:
+                left.append(constraint)
+        if place == len(self.tunables):
+            yield Config.of(chosen.values_of)
+            return
+        tunable = self.tunables[place]
+        for value in tunable.values:
+            chosen.values_of[tunable.name] = value
+            yield from self._completed(chosen, place + 1, left, problem, tokens)
+        del chosen.values_of[tunable.name]
+
+
+class _Undecided(Exception):
+    """What was asked for depends on tunables that have no value yet."""
+
+
+class _Chosen(Config):
+    """A config whose tunables get their values one by one. Whoever asks for what has none yet gets ``_Undecided``."""
+
+    _names: frozenset[str]
+    values_of: dict[str, int]
+
+    def __init__(self, names: frozenset[str]) -> None:
+        object.__setattr__(self, "_names", names)  # configs are frozen
+        object.__setattr__(self, "values_of", {})
+
+    @property
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        if len(self.values_of) < len(self._names):
+            raise _Undecided
+        return tuple(sorted(self.values_of.items()))
+
+    def __getitem__(self, name: str) -> int:
+        if name in self.values_of:
+            return self.values_of[name]
+        if name in self._names:
+            raise _Undecided
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
