@@ -6,9 +6,9 @@
     python scripts/compare_tunings.py one.db two.db --json benchmarks/h200/two_tunings.json
 
 Times of two jobs differ by more than their winners do: a kernel of a microsecond takes some percent more or less in
-another process. So here one process times both configs in turns. Besides: whether both tunings decide alike between the
-fused kernel and the unfused code, where the interval of the gain leaves no doubt. The exit code is 1 where they do not,
-or where a winner of one is slower than the other's by more than --within.
+another process. So here one process times both configs in turns, with inputs at --places addresses. Besides: whether
+both tunings decide alike between the fused kernel and the unfused code, where the interval of the gain leaves no doubt.
+The exit code is 1 where they do not, or where a winner of one is slower than the other's by more than --within.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def measured(both: list[Pair], options: argparse.Namespace) -> list[Measured]:
             problem, tokens = pair.a.problem, pair.a.tokens
             bench.open(problem, tokens, "+".join(get_op(problem.op).source_hashes(target.kind)))
             try:
-                compared = bench.interleave([pair.b.config, pair.a.config], options.rounds, seed=0)
+                compared = bench.interleave(
+                    [pair.b.config, pair.a.config], options.rounds, seed=0, places=options.places
+                )
             except CandidateFailed as failed:
                 print(f"{problem} T={tokens}: {failed.subject}: {failed}", file=sys.stderr)
                 continue
@@ -148,6 +150,9 @@ def main() -> None:
     parser.add_argument("two", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument(
+        "--places", type=int, default=3, help="of the inputs in memory, which the rounds are spread over"
+    )
     parser.add_argument("--within", type=float, default=CLOSE, help="how much slower the worse of both may be")
     parser.add_argument("--json", type=Path, help="write all that was measured there")
     options = parser.parse_args()
@@ -170,7 +175,7 @@ def main() -> None:
         f"{total['decided_apart']} of {total['decided']} decided apart"
     )
     if options.json:
-        facts = {"measured_at": now(), "rounds": options.rounds, **provenance_of(device)}
+        facts = {"measured_at": now(), "rounds": options.rounds, "places": options.places, **provenance_of(device)}
         content = {**facts, "summary": total, "pairs": [each.as_dict() for each in done]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.exit(total["within"] < total["buckets"] or total["decided_apart"] > 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ from planting import FOLDER, PROBLEM, Planted, impatient, plant
 
 from autofuse import kernels_src
 from autofuse.cache_db import TunedDatabase
+from autofuse.ops import get_op
+from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, tune_buckets
+from autofuse.tuner.measure import Ring, runner
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +81,27 @@ def test_a_worker_that_was_killed_in_a_kernel_frees_its_device(planted: Planted,
     end.record()
     end.synchronize()  # nothing of the killed process runs before it
     assert begin.elapsed_time(end) < 1000.0
+
+
+def test_finalists_are_timed_with_inputs_at_several_addresses(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = get_op("mla_dual_rms_norm")
+    problem = norms.make_problem(dtype="bf16", q_lora_rank=256, kv_lora_rank=128, cast_before_weight=True)
+    good = norms.default_config("cuda", problem, TOKENS)
+    bench = Bench(DEVICE, tiny)
+    bench.open(problem, TOKENS, norms.source_hash("cuda"))
+    timed: list[set[int]] = []
+
+    def noted(call: Any, ring: Ring, *args: Any, **kwargs: Any) -> Any:
+        timed.append({arg.data_ptr() for args in ring.sets for arg in args if isinstance(arg, torch.Tensor)})
+        return runner(call, ring, *args, **kwargs)
+
+    monkeypatch.setattr("autofuse.tuner.bench.runner", noted)
+    done = bench.interleave([good], 7, seed=0, places=3)
+    assert [len(timing.rounds_us) for timing in done.timings] == [7]
+    assert len(timed) == 3
+    assert all(not one & other for one, other in itertools.combinations(timed, 2))
+    bench.interleave([good], 7, seed=0, places=3)
+    assert len(timed) == 3  # they are kept
 
 
 TUNE = """

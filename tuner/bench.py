@@ -115,31 +115,30 @@ class Bench:
         with self._turns:
             return bandwidth(self._device)
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
-        """Times configs and baselines in turns; on a GPU over several rings, one after the other, since it depends on
-        where in memory inputs lie which of two kernels is faster: by up to 4 % on an H200.
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int, places: int = 1) -> Comparison:
+        """Times configs and baselines in turns.
+
+        Args: places: over so many rings of inputs, one after the other, on a GPU. Which of two kernels is the faster
+            depends on where in memory their inputs lie: on an H200 by up to 4 %, for few pairs of configs.
         """
         known = self._opened().baselines
         lacking = [subject for subject in subjects if isinstance(subject, str) and subject not in known]
         if lacking:  # in a worker that took another's place; before its turn, as it compiles
             self.baselines(compiled=lacking != [EAGER])
         with self._turns:
-            places = [
-                [self._lasting(subject, ring) for subject in subjects]
-                for ring in self._rings(min(rounds, self._places()))
-            ]
-            shares = [len(range(place, rounds, len(places))) for place in range(len(places))]
+            rings = self._rings(1 if self._device.type == "cpu" else min(places, rounds))
+            prepared = [[self._lasting(subject, ring) for subject in subjects] for ring in rings]
             with self._running(subjects[0]):
                 self._watch.begin()
-                parts = [interleave(prepared, share, seed) for prepared, share in zip(places, shares, strict=True)]
-                timings = (Timing(sum((part.rounds_us for part in each), ())) for each in zip(*parts, strict=True))
+                parts = [
+                    interleave(runners, len(range(place, rounds, len(rings))), seed)
+                    for place, runners in enumerate(prepared)
+                ]
+                timings = [Timing(sum((part.rounds_us for part in each), ())) for each in zip(*parts, strict=True)]
                 return Comparison(tuple(timings), self._watch.end())
 
-    def _places(self) -> int:
-        return 1 if self._device.type == "cpu" else self._effort.places
-
     def _rings(self, count: int) -> list[Ring]:
-        """The bucket's rings, so many; fewer where the device's memory is full."""
+        """So many of the bucket's rings; fewer where the device's memory is full."""
         bucket = self._opened()
         with torch.no_grad(), suppress(torch.OutOfMemoryError):
             while len(bucket.rings) < count:

@@ -163,7 +163,7 @@ class Effort:
         finalists: best configs that are measured again to choose one of them.
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
-        places: on a GPU, these rounds are spread over so many rings of inputs at other addresses.
+        places: on a GPU, the rounds that choose it are spread over so many rings of inputs, at other addresses.
         tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
@@ -179,10 +179,10 @@ class Effort:
     """
 
     exhaustive_up_to: int = 64
-    trials: int = 80
-    fewest_trials: int = 64
+    trials: int = 74
+    fewest_trials: int = 60
     settled: float = 0.0001
-    polish: int = 14
+    polish: int = 12
     triton_fewest: int = 16
     triton_settled: float = 0.003
     priors: int = 4

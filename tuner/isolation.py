@@ -165,12 +165,13 @@ class IsolatedBench:
     def bandwidth(self) -> float:
         return float(self._ask("bandwidth", {}, [EAGER], self._limits.time_s))
 
-    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int) -> Comparison:
-        arguments = {"subjects": [encode_subject(subject) for subject in subjects], "rounds": rounds, "seed": seed}
+    def interleave(self, subjects: Sequence[Subject], rounds: int, seed: int, places: int = 1) -> Comparison:
+        arguments: dict[str, Any] = {"subjects": [encode_subject(subject) for subject in subjects]}
+        arguments |= {"rounds": rounds, "seed": seed, "places": places}
         limit_s = self._limits.final_s
         if not self._has_baselines and any(isinstance(subject, str) for subject in subjects):
             limit_s += self._limits.baselines_s
-        rounds = len(subjects) * (rounds + _PREPARING_ROUNDS)
+        rounds = len(subjects) * (rounds + places * _PREPARING_ROUNDS)
         answer = self._ask("interleave", arguments, subjects, limit_s, rounds)
         return Comparison(tuple(Timing(tuple(each)) for each in answer["rounds_us"]), tuple(answer["disturbances"]))
 

@@ -432,10 +432,11 @@ class _BucketTuning:
     def _choose(self, configs: Sequence[Config]) -> Config:
         if len(configs) == 1:
             return configs[0]
-        timings = self._bench.interleave(configs, self._effort.final_rounds, seed=0).timings
+        effort = self._effort
+        timings = self._bench.interleave(configs, effort.final_rounds, seed=0, places=effort.places).timings
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
-        return choose(configs, timings, [kernel.space for kernel in self._kernels], self._effort.tie)
+        return choose(configs, timings, [kernel.space for kernel in self._kernels], effort.tie)
 
     def _baselines(self) -> list[str]:
         try:

@@ -173,8 +173,8 @@ class _Server:
     def _do_bandwidth(self) -> float:
         return self._opened().bandwidth()
 
-    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int) -> dict[str, Any]:
-        done = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed)
+    def _do_interleave(self, subjects: list[list[str]], rounds: int, seed: int, places: int) -> dict[str, Any]:
+        done = self._opened().interleave([decode_subject(subject) for subject in subjects], rounds, seed, places)
         return {"rounds_us": [timing.rounds_us for timing in done.timings], "disturbances": done.disturbances}
 
     def _opened(self) -> Bench:
