@@ -111,14 +111,14 @@ def markdown(rows: Sequence[dict[str, Any]], spaces: Sequence[Recorded]) -> str:
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     seeds = {row["strategy"]: row["seeds"] for row in rows}
     header = [f"{name}, {seeds[name]} seeds" for name in strategies]
-    lines = [["space", "configs", "within 3 % of the best", *header]]
+    lines = [["space", "T", "configs", "within 3 % of the best", *header]]
     for recorded in spaces:
         mine = {row["strategy"]: row for row in rows if (row["space"], row["problem"]) == _key(recorded)}
         whole = len(recorded.outcomes) == recorded.size
         configs = f"{len(recorded.outcomes)}" if whole else f"{len(recorded.outcomes)} of {recorded.size}"
         near = sum(time_us <= NEAR * recorded.best_us for time_us in recorded.times.values())
         cells = [_cell(mine[name]) if name in mine else "–" for name in strategies]
-        lines.append([f"`{recorded.problem.op}`", configs, str(near), *cells])
+        lines.append([f"`{recorded.problem.op}`", str(recorded.tokens), configs, str(near), *cells])
     return grid(lines)
 
 

@@ -87,7 +87,7 @@ def measure(row: dict[str, Any], device: torch.device, effort: Effort) -> None:
     row["us"] = {language: timing.median_us for language, timing in timings.items()}
     row["ratio"], row["interval"] = ratio.median, [ratio.low, ratio.high]
     if device.type == "cuda":
-        row["host_us"] = {language: host_us(call, ring.sets[0]) for language, call in calls.items()}
+        row["host_us"] = dict(zip(calls, host_us(*calls.values(), args=ring.sets[0]), strict=True))
 
 
 def host_difference(content: dict[str, Any]) -> str:

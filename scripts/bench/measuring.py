@@ -78,7 +78,7 @@ def measured_row(
         "gain_high": ratio.high,
         "gain_over": better,
         "error_in_tolerances": _error(op, problem, calls["ours"], ring.sets[0]),
-        "host_us": host_us(calls["ours"], ring.sets[0]) if device.type == "cuda" else None,
+        "host_us": host_us(calls["ours"], args=ring.sets[0])[0] if device.type == "cuda" else None,
         "bytes": moved,
         "bandwidth_bytes_per_us": bytes_per_us,
         "config": str(winner.config),
@@ -132,14 +132,15 @@ def _error(op: FusedOp, problem: Problem, call: Call, args: tuple[Any, ...]) -> 
     return max(op.tolerance(problem, index).error(out, exact) for index, (out, exact) in enumerate(pairs))
 
 
-def host_us(call: Call, args: tuple[Any, ...]) -> float:
-    """Host time of one call with the allocation of its results: the median of 30 rounds of 100 calls."""
-    rounds = []
+def host_us(*calls: Call, args: tuple[Any, ...]) -> list[float]:
+    """Host time of a call of each, with the allocation of its results: medians of 30 rounds of 100 calls, in turns."""
+    rounds: list[list[float]] = [[] for _ in calls]
     for _ in range(31):
-        torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        for _ in range(100):
-            call(*args)
-        rounds.append((time.perf_counter_ns() - start) / 1e5)
+        for call, mine in zip(calls, rounds, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            for _ in range(100):
+                call(*args)
+            mine.append((time.perf_counter_ns() - start) / 1e5)
     torch.cuda.synchronize()
-    return statistics.median(rounds[1:])
+    return [statistics.median(mine[1:]) for mine in rounds]

@@ -34,7 +34,7 @@ def without_default(recorded: Recorded, trials: int, seed: int) -> Iterator[Conf
 
 
 def _ours(recorded: Recorded, trials: int, seed: int, first: list[Config]) -> Iterator[Config]:
-    effort = replace(Effort(), trials=trials, settled=0.0)
+    effort = replace(Effort(), trials=trials)
     problem, tokens = recorded.problem, recorded.tokens
     op = OPS.get(problem.op)  # None for a space that was made up
     described = grid_size(op, problem, tokens) if op else None
