@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def replay(spaces: Sequence[Recorded], strategies: dict[str, Strategy], options:
                     "problem": str(recorded.problem),
                     "target": recorded.target,
                     "strategy": name,
+                    "version": _version_of(name),
                     "seeds": options.seeds,
                     "trials": options.trials,
                     "median_trials": None if math.isinf(median) else median,
@@ -84,6 +86,16 @@ def replay(spaces: Sequence[Recorded], strategies: dict[str, Strategy], options:
                 }
             )
     return rows
+
+
+def _version_of(strategy: str) -> str:
+    """Of the package that a strategy is of."""
+    packages = {"Kernel Tuner": "kernel-tuner", "optuna": "optuna"}
+    package = next((each for start, each in packages.items() if strategy.startswith(start)), "autofuse-kernels")
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
 
 
 def show(rows: Sequence[dict[str, Any]], spaces: Sequence[Recorded], trials: int) -> None:
