@@ -101,7 +101,7 @@ def test_finalists_are_timed_with_inputs_at_several_addresses(tiny: Effort, monk
     assert len(timed) == 3
     assert all(not one & other for one, other in itertools.combinations(timed, 2))
     bench.interleave([good], 7, seed=0, places=3)
-    assert len(timed) == 3  # they are kept
+    assert len(timed) == 5  # those of the first place are kept
 
 
 TUNE = """

@@ -182,6 +182,13 @@ def test_what_is_much_slower_than_something_else_is_not_polished() -> None:
     assert len(run(search)) < 30
 
 
+def test_a_search_that_has_settled_and_does_not_polish_measures_nothing_when_repeated() -> None:
+    patient = replace(EFFORT, trials=200, fewest_trials=20, settled=0.001, polish=0)
+    known = run(new_search(effort=patient))
+    assert len(known) < 200
+    assert run(new_search(known, effort=patient)) == {}
+
+
 def test_unknown_efforts_are_refused() -> None:
     with pytest.raises(BadInput, match="effort 'huge' is none of quick, default, exhaustive"):
         effort("huge")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -89,14 +89,13 @@ class Bench:
     def time(self, config: Config, best: Config | None) -> Race:
         """How long a call takes, in a race with the best config so far. Run it only after ``verify``."""
         bucket = self._opened()
-        ring = bucket.rings[0]
         with self._turns:
-            rival = None if best is None else self._lasting(best, ring)
+            rival = None if best is None else self._lasting(best)
             with self._running(config):
-                prepared = self._prepared(config, ring)
+                prepared = self._prepared(config, bucket.ring)
                 outcome = race(prepared, rival, self._effort)
         if not outcome.pruned:
-            bucket.runners[config, id(ring)] = prepared
+            bucket.runners[config] = prepared
         return outcome
 
     def baselines(self, compiled: bool) -> list[str]:
@@ -107,7 +106,7 @@ class Bench:
             from autofuse.tuner.baselines import baseline_calls  # here: importing Inductor takes seconds
 
             with self._running(COMPILED):
-                bucket.baselines = baseline_calls(bucket.op, bucket.rings[0].sets[0], self._turns)
+                bucket.baselines = baseline_calls(bucket.op, bucket.ring.sets[0], self._turns)
         return list(bucket.baselines)
 
     def bandwidth(self) -> float:
@@ -126,38 +125,56 @@ class Bench:
         if lacking:  # in a worker that took another's place; before its turn, as it compiles
             self.baselines(compiled=lacking != [EAGER])
         with self._turns:
-            rings = self._rings(1 if self._device.type == "cpu" else min(places, rounds))
-            prepared = [[self._lasting(subject, ring) for subject in subjects] for ring in rings]
+            prepared = [[self._lasting(subject) for subject in subjects]]
+            if self._device.type != "cpu":
+                prepared += self._elsewhere(subjects, min(places, rounds) - 1)
             with self._running(subjects[0]):
                 self._watch.begin()
                 parts = [
-                    interleave(runners, len(range(place, rounds, len(rings))), seed)
+                    interleave(runners, len(range(place, rounds, len(prepared))), seed)
                     for place, runners in enumerate(prepared)
                 ]
                 timings = [Timing(sum((part.rounds_us for part in each), ())) for each in zip(*parts, strict=True)]
-                return Comparison(tuple(timings), self._watch.end())
-
-    def _rings(self, count: int) -> list[Ring]:
-        """So many of the bucket's rings; fewer where the device's memory is full."""
-        bucket = self._opened()
-        with torch.no_grad(), suppress(torch.OutOfMemoryError):
-            while len(bucket.rings) < count:
-                bucket.rings.append(example_ring(bucket.op, bucket.problem, bucket.tokens, self._device, self._effort))
-        return bucket.rings[:count]
+                done = Comparison(tuple(timings), self._watch.end())
+            if len(prepared) > 1 and self._turns.shared:
+                prepared.clear()
+                torch.cuda.empty_cache()  # the others' candidates need the memory
+            return done
 
     def _opened(self) -> _Bucket:
         assert self._bucket is not None, "no bucket is open"
         return self._bucket
 
-    def _lasting(self, subject: Subject, ring: Ring) -> Runner:
+    def _lasting(self, subject: Subject) -> Runner:
         """A warm runner that is kept for as long as the bucket is open."""
-        runners = self._opened().runners
-        if (subject, id(ring)) not in runners:
-            with self._running(subject):
-                prepared = self._prepared(subject, ring)
-                prepared.warm(self._effort.warmup_rounds)
-            runners[subject, id(ring)] = prepared
-        return runners[subject, id(ring)]
+        bucket = self._opened()
+        if subject not in bucket.runners:
+            bucket.runners[subject] = self._warm(subject, bucket.ring)
+        return bucket.runners[subject]
+
+    def _elsewhere(self, subjects: Sequence[Subject], count: int) -> list[list[Runner]]:
+        """Warm runners of all subjects, for each of so many other rings; for fewer where memory is full, which is no
+        subject's fault.
+        """
+        bucket = self._opened()
+        elsewhere: list[list[Runner]] = []
+        try:
+            for _ in range(count):
+                with torch.no_grad():
+                    ring = example_ring(bucket.op, bucket.problem, bucket.tokens, self._device, self._effort)
+                elsewhere.append([self._warm(subject, ring) for subject in subjects])
+        except torch.OutOfMemoryError:
+            pass
+        except CandidateFailed as failed:
+            if failed.status != "out_of_memory":
+                raise
+        return elsewhere
+
+    def _warm(self, subject: Subject, ring: Ring) -> Runner:
+        with self._running(subject):
+            prepared = self._prepared(subject, ring)
+            prepared.warm(self._effort.warmup_rounds)
+            return prepared
 
     def _prepared(self, subject: Subject, ring: Ring) -> Runner:
         """A cold runner. A config runs as in a compiled graph: through PyTorch's dispatcher, with a plan."""
@@ -217,9 +234,9 @@ class _Bucket:
         self.tokens = tokens
         self.verification = Verification(op, problem, tokens, device, effort)
         self.verification.prepare()
-        self.rings: list[Ring] = [example_ring(op, problem, tokens, device, effort)]
+        self.ring: Ring = example_ring(op, problem, tokens, device, effort)
         self.baselines: dict[str, Callable[..., object]] = {}
-        self.runners: dict[tuple[Subject, int], Runner] = {}  # by the ring's id
+        self.runners: dict[Subject, Runner] = {}
 
 
 class _NotedRunner(Runner):

@@ -150,8 +150,9 @@ class Effort:
         exhaustive_up_to: spaces of at most so many configs are measured whole; larger ones are searched.
         trials: configs measured per bucket by a search at most, those already in the database included.
         fewest_trials: so many at least, before a search may end for what it expects.
-        settled: it ends when no config is expected to be faster than the best by this share.
-        polish: of the trials, so many at the end are configs that differ from the best in one tunable.
+        settled: it ends, but for ``polish`` trials, when no config is expected to beat the best by this share.
+        polish: of the trials, so many at the end are configs that differ from the best in one tunable, as long as there
+            are such. None in Triton, nor where a kernel in another language is faster by ``race_margin``.
         triton_fewest, triton_settled: the same of the search among kernels in Triton, which take their compiler a
             second each and know what the kernel in C++ reaches.
         priors: winners of other buckets, problems and devices that are tried before anything else.

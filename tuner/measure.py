@@ -21,6 +21,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,8 +156,11 @@ class _CudaRunner(Runner):
             try:
                 for args in ring.sets:
                     call(*args)
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong first says more
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.calls_each = len(ring.sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

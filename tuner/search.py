@@ -70,7 +70,8 @@ class ExhaustiveSearch(Search):
 class ModelSearch(Search):
     """A Gaussian process learns which configs are fast, and proposes what is expected to gain most; see
     ``ConfigSampler``. When the effort's trials are used up but for ``polish``, or nothing is expected to gain anything
-    any more, configs that are like the best one but for one tunable are tried, ``polish`` at most, and it ends.
+    any more, configs that are like the best one but for one tunable are tried, ``polish`` at most, and it ends; at once
+    where something else is faster than its best by ``race_margin``.
 
     What the database knows already is told to it first, so an interrupted search goes on where it was. The same seed
     and the same times give the same proposals.
@@ -122,12 +123,16 @@ class ModelSearch(Search):
         while len(self._asked) < self._effort.batch and self._proposed < self.total:
             self._sampler.polishing = self._proposed >= self._polish_from
             trial = self._study.ask(self._sampler.distributions)
+            if self._first <= self._proposed < self._polish_from and self._is_settled():
+                close = self._best_us <= self._effort.race_margin * self._to_beat_us
+                if not (close and self._effort.polish):
+                    self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                    self.total = self._proposed
+                    break
+                self._polish_from = self._proposed + 1
+                self.total = min(self.total, self._polish_from + self._effort.polish)
             self._asked[Config.of(trial.params)] = trial
             self._proposed += 1
-            if self._first < self._proposed <= self._polish_from and self._is_settled():
-                close = self._best_us <= self._effort.race_margin * self._to_beat_us
-                self._polish_from = self._proposed
-                self.total = min(self.total, self._proposed + (self._effort.polish if close else 0))
         return list(self._asked)
 
     def tell(self, config: Config, time_us: float | None) -> None:

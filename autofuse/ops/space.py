@@ -75,6 +75,11 @@ class SearchSpace:
         self, chosen: _Chosen, place: int, undecided: Sequence[Constraint], problem: Problem, tokens: int
     ) -> Iterator[Config]:
         """The configs that begin with these values. Tunables from ``place`` on have none yet."""
+        if place == len(self.tunables):
+            config = Config.of(chosen.values_of)
+            if all(constraint.holds(config, problem, tokens) for constraint in undecided):
+                yield config
+            return
         left = []
         for constraint in undecided:
             try:
@@ -82,9 +87,6 @@ class SearchSpace:
                     return
             except _Undecided:
                 left.append(constraint)
-        if place == len(self.tunables):
-            yield Config.of(chosen.values_of)
-            return
         tunable = self.tunables[place]
         for value in tunable.values:
             chosen.values_of[tunable.name] = value
@@ -108,9 +110,13 @@ class _Chosen(Config):
 
     @property
     def pairs(self) -> tuple[tuple[str, int], ...]:
-        if len(self.values_of) < len(self._names):
-            raise _Undecided
-        return tuple(sorted(self.values_of.items()))
+        raise _Undecided
+
+    def __eq__(self, other: object) -> bool:
+        raise _Undecided
+
+    def __hash__(self) -> int:
+        raise _Undecided
 
     def __getitem__(self, name: str) -> int:
         if name in self.values_of:
