@@ -14,7 +14,7 @@ from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import target_of
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.job import Bucket, Event, TrialDone, known_of, provenance_of, tune_buckets
+from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, known_of, provenance_of, tune_buckets
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=96, kv_lora_rank=40, cast_before_weight=True)
@@ -111,3 +111,37 @@ def test_rows_of_ops_that_are_not_here_are_no_garbage() -> None:
         database.record_trial(stale)
         assert collect_garbage(database)["trials"] == 1
         assert database.every(Trial) == [trial]
+
+
+def test_a_bucket_whose_search_came_to_its_end_is_done(tiny: Effort) -> None:
+    """However few configs that took. A search of more effort, or a language that is new, is a reason to go on."""
+    sources = NORMS.source_hashes("cpu")
+    with TunedDatabase() as database:
+        tune_buckets([BUCKET], CPU, database, tiny)
+        before = known_of(database, HERE, BUCKET, provenance_of(CPU))
+        assert before.is_done(tiny, sources, [])
+        assert before.is_done(replace(tiny, trials=tiny.trials - 1), sources, list(before.trials))
+        assert not before.is_done(replace(tiny, trials=tiny.trials + 1), sources, [])
+        assert not before.is_done(replace(tiny, exhaustive_up_to=tiny.exhaustive_up_to + 1), sources, [])
+        assert not before.is_done(tiny, [*sources, "of another language"], [])
+        assert not before.is_done(tiny, sources, [Config.of(THREADS=99)])
+
+
+def test_a_bucket_that_is_done_is_not_measured_again_where_its_search_had_trials_left(tiny: Effort) -> None:
+    events: list[Event] = []
+    settled = replace(tiny, exhaustive_up_to=0, trials=40, fewest_trials=2, settled=10.0, polish=0)
+    with TunedDatabase() as database:
+        (first,) = tune_buckets([BUCKET], CPU, database, settled)
+        count = len(database.trials(HERE, PROBLEM, 4, NORMS.source_hash("cpu")))
+        assert count < 40
+        (again,) = tune_buckets([BUCKET], CPU, database, settled, on_event=events.append)
+        assert again == first
+        assert [event.measured for event in events if isinstance(event, BucketDone)] == [False]
+        tune_buckets([BUCKET], CPU, database, replace(settled, trials=50), on_event=events.append)
+        assert [event.measured for event in events if isinstance(event, BucketDone)] == [False, True]
+
+
+def test_a_bucket_that_a_budget_cut_short_is_not_done(tiny: Effort) -> None:
+    with TunedDatabase() as database:
+        tune_buckets([BUCKET], CPU, database, tiny, budget_s=1e-3)
+        assert not known_of(database, HERE, BUCKET, provenance_of(CPU)).is_done(tiny, NORMS.source_hashes("cpu"), [])

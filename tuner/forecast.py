@@ -149,10 +149,12 @@ def _outlook(
     """State, configs known, configs to measure."""
     op = get_op(bucket.problem.op)
     before = known_of(database, target, bucket, provenance)
+    first = imported(database, target, bucket, effort)
+    if not retune and before.is_done(effort, op.source_hashes(target.kind), first):
+        return "tuned", len(before.trials), 0
     known = {} if retune else before.trials
     times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
     kernels = op.kernel_sources(target.kind)
-    first = imported(database, target, bucket, effort)
     total = search_for(kernels, bucket.problem, bucket.tokens, times, first, effort, seed=0, wanted=first).total
     if retune and (before.trials or before.winner):
         return "again", len(before.trials), total

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from autofuse.cache_db import Baseline, Trial, TunedDatabase, Winner
+from autofuse.cache_db.store import Provenance
 from autofuse.errors import AutofuseError, CompileError, TargetUnavailable
 from autofuse.ops import Config, FusedOp, get_op
 from autofuse.targets import Artifact, Target, target_of, toolchain
@@ -29,7 +30,7 @@ from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
-from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of
+from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of, searched
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import grid_size, search_for
@@ -216,6 +217,7 @@ class _BucketTuning:
         self._kernels = self._op.kernel_sources(target.kind)
         self._sources = self._op.source_hashes(target.kind)
         self._disturbances: tuple[str, ...] = ()
+        self._searched: Provenance = {}  # what a winner's provenance says of its search
         self._by_code: dict[tuple[object, ...], Trial] = {}  # of what ran
 
     def run(self, *, retune: bool, seed: int, budget_s: float | None) -> Winner | None:
@@ -224,6 +226,10 @@ class _BucketTuning:
         known = {} if retune else before.trials
         times = {config: None if trial.failed else trial.time_us for config, trial in known.items()}
         first, imported = self._first_configs(), self._imported()
+        if not retune and before.is_done(self._effort, self._sources, imported):
+            self._on_event(BucketStarted(self._bucket, 0))
+            self._on_event(BucketDone(self._bucket, before.winner, measured=False))
+            return before.winner
         described = grid_size(self._op, self._problem, self._tokens)
         search = search_for(
             self._kernels, self._problem, self._tokens, times, first, self._effort, seed, imported, described
@@ -267,6 +273,7 @@ class _BucketTuning:
         if cut_short and not finalists:
             return None  # neither done nor known not to work: the next job goes on
         pruned = [trial for trial in trials if trial.status == "pruned"]
+        self._searched = {} if cut_short else searched(self._effort, self._sources)
         winner = self._final(finalists) or self._final(self._timed_to_the_end(pruned))
         if winner is None:
             place = f"{self._problem} at T={self._tokens}"
@@ -473,10 +480,11 @@ class _BucketTuning:
         return final
 
     def _record(self, config: Config, final: _Final) -> Winner:
-        provenance, self._disturbances = self._provenance, final.disturbances
+        self._disturbances = final.disturbances
+        fields = {**self._database.provenance(self._provenance), **self._searched}
         if final.disturbances:
-            fields = self._database.provenance(self._provenance)
-            provenance = self._database.record_provenance({**fields, "disturbances": "; ".join(final.disturbances)})
+            fields["disturbances"] = "; ".join(final.disturbances)
+        provenance = self._database.record_provenance(fields)
         for name, timing in final.baselines.items():
             self._database.record_baseline(
                 Baseline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autofuse.cache_db import Trial, TunedDatabase, Winner
@@ -12,9 +12,10 @@ from autofuse.targets import Target
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.queue import Bucket
 
-__all__ = ["DIED", "DIED_AGAIN", "Known", "imported", "known_of"]
+__all__ = ["DIED", "DIED_AGAIN", "Known", "imported", "known_of", "searched", "still_searched"]
 
 _SOFTWARE = ("autofuse", "torch", "driver", "toolkit", "compiler")  # of provenance: what can make a config fail
+_TRIALS, _WHOLE, _SOURCES = "searched_trials", "searched_whole_up_to", "searched_sources"  # of a winner's provenance
 DIED = "the process died while this config ran"
 DIED_AGAIN = "the process died twice while this config ran"
 
@@ -27,11 +28,42 @@ class Known:
         trials: config → trial, of those that need not be made again.
         winner: the present one, of whatever kernel source.
         fresh: whether it was measured with the present source.
+        searched: its provenance, with what ``searched`` says of the search that it came of if that came to its end;
+            empty if something that failed then is to be tried again.
     """
 
     trials: Mapping[Config, Trial]
     winner: Winner | None
     fresh: bool
+    searched: Provenance
+
+    def is_done(self, effort: Effort, sources: Sequence[str], wanted: Sequence[Config]) -> bool:
+        """Whether a search of that effort has nothing to do: one of as much came to its end, in the same languages.
+
+        How many configs it measured does not say so: it ends where none is expected to be faster.
+
+        Args: wanted: configs that are to be measured in any case.
+        """
+        trials, whole = (int(self.searched.get(name) or 0) for name in (_TRIALS, _WHOLE))
+        enough = trials >= effort.trials and whole >= effort.exhaustive_up_to
+        alike = self.searched.get(_SOURCES) == "+".join(sources)
+        return self.fresh and enough and alike and all(config in self.trials for config in wanted)
+
+
+def searched(effort: Effort, sources: Sequence[str]) -> Provenance:
+    """What the provenance of a winner says of the search that it came of.
+
+    Args: sources: hashes of the kernel's sources, one for each language.
+    """
+    return {_TRIALS: effort.trials, _WHOLE: effort.exhaustive_up_to, _SOURCES: "+".join(sources)}
+
+
+def still_searched(database: TunedDatabase, winner: Winner) -> Provenance:
+    """The same, of a winner that is measured again and stays one. Empty for one that comes from elsewhere."""
+    if winner.standing != "own" or not winner.provenance:
+        return {}
+    fields = database.provenance(winner.provenance)
+    return {name: fields[name] for name in (_TRIALS, _WHOLE, _SOURCES) if name in fields}
 
 
 def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: Provenance) -> Known:
@@ -46,8 +78,11 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
     fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
     failures = {trial.provenance for trial in trials if trial.failed}
     alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
-    held = [trial for trial in trials if trial.standing == "own" and _holds(trial, alike)]
-    return Known({trial.config: trial for trial in held}, winner, fresh)
+    own = [trial for trial in trials if trial.standing == "own"]
+    held = [trial for trial in own if _holds(trial, alike)]
+    ended = fresh and winner is not None and winner.provenance and len(held) == len(own)
+    fields = database.provenance(winner.provenance) if ended and winner is not None else {}
+    return Known({trial.config: trial for trial in held}, winner, fresh, fields)
 
 
 def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:

@@ -24,6 +24,7 @@ from autofuse.tuner.compile_ahead import compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
 from autofuse.tuner.job import provenance_of
+from autofuse.tuner.known import still_searched
 from autofuse.tuner.measure import Gain, Timing, gain
 
 __all__ = ["AGREES_WITHIN", "VERDICTS", "Checked", "agrees", "recheck"]
@@ -150,11 +151,10 @@ class _Recheck:
         """Records the measurement, unless the one before is as good as it was."""
         kind = measured.fastest
         ours, theirs = measured.timing, measured.baselines[kind]
-        provenance = self._provenance
-        fields = self._database.provenance(provenance)
+        fields = {**self._database.provenance(self._provenance), **still_searched(self._database, winner)}
         if measured.disturbances:
-            fields = {**fields, "disturbances": "; ".join(measured.disturbances)}
-            provenance = self._database.record_provenance(fields)
+            fields["disturbances"] = "; ".join(measured.disturbances)
+        provenance = self._database.record_provenance(fields)
         now = replace(
             winner,
             time_us=ours.median_us,
