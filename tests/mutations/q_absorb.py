@@ -5,23 +5,25 @@ from __future__ import annotations
 from autofuse.ops import Config, Problem
 from mutations.mutation import OFF, OVERLAP, RACE, UNWRITTEN, WRONG, Mutation, Subject
 
-# A second tile of tokens is not full; two blocks share a head's columns.
+# A second block's tokens are few; two blocks share a head's columns.
 ABSORB = Subject(
     Problem.parse(
         "mla_q_absorb_rope_kv_cache(dtype=bf16,heads=2,nope_dim=128,rope_dim=16,latent_dim=64,neox=0,table=bf16,cache=auto,"
         "qk_nope_dim=64,w_constant=1)"
     ),
     Config.parse(
-        "STAGED=1,THREADS=128,W_COLUMNS=64,TOKENS=16,EARLY=1,PDL=1,PREFETCH=1,GUESS=0,UNROLL=1,VEC_BYTES=16,CHUNK=64,"
+        "STAGED=1,THREADS=128,W_COLUMNS=64,TOKENS=64,EARLY=1,PDL=1,PREFETCH=1,GUESS=0,UNROLL=1,VEC_BYTES=16,CHUNK=64,"
         "READ_ONCE=0"
     ),
     tokens=70,
 )
+# A block has three rounds, of which the last one's tokens are few.
+ABSORB_ROUNDS = Subject(ABSORB.problem, {**ABSORB.config, "TOKENS": 256}, tokens=134)
 ABSORB_DIRECT = Subject(ABSORB.problem, {**ABSORB.config, "STAGED": 0, "THREADS": 64, "TOKENS": 32}, tokens=37)
 MUTATIONS = [
     Mutation(*texts, "mla_q_absorb_rope_kv_cache.cu", subject=ABSORB)
     for texts in (
-        ("copies of other threads are not waited for", "    __syncthreads();\n", "", RACE),
+        ("copies of other threads are not waited for", "            __syncthreads();\n", "", RACE),
         ("copies are not waited for", "wait_for_copies<0>", "wait_for_copies<8>", WRONG),
         ("rows past the end are copied", "if (row < rows)\n", "if (true)\n", OFF),
         ("rows past the end are written", "if (token < at.tokens)\n", "if (true)\n", f"{OFF}|{OVERLAP}"),
@@ -46,10 +48,25 @@ MUTATIONS = [
         ),
         (
             "one block too few multiplies",
-            "(p.rope.tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS",
-            "p.rope.tokens / BLOCK_TOKENS",
+            "(p.rope.tokens + TOKENS - 1) / TOKENS",
+            "p.rope.tokens / TOKENS",
             f"{UNWRITTEN}|{OFF}|{OVERLAP}",
         ),
+    )
+]
+MUTATIONS += [
+    Mutation(*texts, "mla_q_absorb_rope_kv_cache.cu", subject=ABSORB_ROUNDS)
+    for texts in (
+        ("the next round's rows take the present one's place", "BUFFERS = ROUNDS > 1 ? 2 : 1", "BUFFERS = 1", WRONG),
+        ("copies of other threads are not waited for", "sync_team(1 + warpgroup, WARPGROUP);", "", RACE),
+        (
+            "all rounds have the first one's rows",
+            "x_tiles + round % BUFFERS * X_TILES_BYTES, w_tiles",
+            "x_tiles, w_tiles",
+            WRONG,
+        ),
+        ("the last round is left out", "first >= at.tokens) break;", "first + 64 >= at.tokens) break;", UNWRITTEN),
+        ("a round too many is copied", "if (row < rows)\n", "if (true)\n", OFF),
     )
 ]
 MUTATIONS += [
