@@ -15,6 +15,7 @@ from autofuse.targets import target_of
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, known_of, provenance_of, tune_buckets
+from autofuse.tuner.known import searched, still_searched
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=96, kv_lora_rank=40, cast_before_weight=True)
@@ -56,16 +57,16 @@ def test_what_is_trusted_is_measured_here_all_the_same(tiny: Effort) -> None:
 
 
 def test_what_comes_later_from_elsewhere_is_tried_though_all_trials_were_made(tiny: Effort) -> None:
-    searched = replace(tiny, exhaustive_up_to=1, trials=3)
+    few = replace(tiny, exhaustive_up_to=1, trials=3)
     with TunedDatabase() as database:
-        known = tuned(database, searched)
-        assert tuned(database, searched) == []
+        known = tuned(database, few)
+        assert tuned(database, few) == []
         space = NORMS.kernel_source("cpu").space
         new = next(config for config in space.configs(PROBLEM, BUCKET.tokens) if config not in known)
         candidate = replace(trials(database)[0], config=new, time_us=0.5, standing="candidate")
         database.record_trial(candidate)
-        assert tuned(database, searched) == [new]
-        assert tuned(database, searched) == []
+        assert tuned(database, few) == [new]
+        assert tuned(database, few) == []
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,20 @@ def test_a_bucket_that_is_done_is_not_measured_again_where_its_search_had_trials
         assert [event.measured for event in events if isinstance(event, BucketDone)] == [False, True]
 
 
-def test_a_bucket_that_a_budget_cut_short_is_not_done(tiny: Effort) -> None:
+def test_a_bucket_that_a_budget_cut_short_is_not_done(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autofuse.tuner.job.FINAL_SHARE", 1.0)  # no time for the search: it ends after one config
     with TunedDatabase() as database:
-        tune_buckets([BUCKET], CPU, database, tiny, budget_s=1e-3)
-        assert not known_of(database, HERE, BUCKET, provenance_of(CPU)).is_done(tiny, NORMS.source_hashes("cpu"), [])
+        (winner,) = tune_buckets([BUCKET], CPU, database, tiny, budget_s=600.0)
+        before = known_of(database, HERE, BUCKET, provenance_of(CPU))
+        assert before.winner == winner
+        assert before.fresh
+        assert not before.is_done(tiny, NORMS.source_hashes("cpu"), [])
+        assert tuned(database, tiny)
+
+
+def test_a_winner_that_is_measured_again_here_is_still_of_its_search(tiny: Effort) -> None:
+    with TunedDatabase() as database:
+        (winner,) = tune_buckets([BUCKET], CPU, database, tiny)
+        assert still_searched(database, winner) == searched(tiny, NORMS.source_hashes("cpu"))
+        assert still_searched(database, replace(winner, standing="trusted")) == {}
+        assert still_searched(database, replace(winner, provenance="")) == {}

@@ -136,9 +136,9 @@ class Bench:
                 ]
                 timings = [Timing(sum((part.rounds_us for part in each), ())) for each in zip(*parts, strict=True)]
                 done = Comparison(tuple(timings), self._watch.end())
-            if len(prepared) > 1 and self._turns.shared:
+            if places > 1:
                 prepared.clear()
-                torch.cuda.empty_cache()  # the others' candidates need the memory
+                torch.cuda.empty_cache()  # what comes next, here or in other lanes, needs the memory
             return done
 
     def _opened(self) -> _Bucket:

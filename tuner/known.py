@@ -80,8 +80,9 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
     alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
     own = [trial for trial in trials if trial.standing == "own"]
     held = [trial for trial in own if _holds(trial, alike)]
-    ended = fresh and winner is not None and winner.provenance and len(held) == len(own)
-    fields = database.provenance(winner.provenance) if ended and winner is not None else {}
+    fields: Provenance = {}
+    if winner is not None and fresh and winner.provenance and len(held) == len(own):
+        fields = database.provenance(winner.provenance)
     return Known({trial.config: trial for trial in held}, winner, fresh, fields)
 
 

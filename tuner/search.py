@@ -113,7 +113,7 @@ class ModelSearch(Search):
         trials = max(effort.trials - len(known), sum(config in first for config in wanted))
         self._known = len(known)
         self._proposed = 0
-        self._best_us, self._to_beat_us = min(filter(None, known.values()), default=math.inf), math.inf
+        self._best_us = min(filter(None, known.values()), default=math.inf)
         self.total = max(min(trials, left), 0)
         self._polish_from = max(self.total - effort.polish, self._first)  # proposals
 
@@ -124,7 +124,7 @@ class ModelSearch(Search):
             self._sampler.polishing = self._proposed >= self._polish_from
             trial = self._study.ask(self._sampler.distributions)
             if self._first <= self._proposed < self._polish_from and self._is_settled():
-                close = self._best_us <= self._effort.race_margin * self._to_beat_us
+                close = self._best_us <= self._effort.race_margin * self._sampler.to_beat_us
                 if not (close and self._effort.polish):
                     self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
                     self.total = self._proposed
@@ -144,7 +144,7 @@ class ModelSearch(Search):
             self._best_us = min(self._best_us, time_us)
 
     def hear(self, time_us: float) -> None:
-        self._to_beat_us = self._sampler.to_beat_us = min(self._to_beat_us, time_us)
+        self._sampler.to_beat_us = min(self._sampler.to_beat_us, time_us)
 
     def _told(self, config: Config, time_us: float | None) -> optuna.trial.FrozenTrial:
         """A finished trial that was not asked for."""
