@@ -34,6 +34,7 @@ from autofuse.tuner.budgets import Effort, effort
 from autofuse.tuner.device_lock import device_lock
 from autofuse.tuner.job import provenance_of
 from autofuse.tuner.measure import example_ring, gain, interleave, runner
+from autofuse.tuner.stand_in import stand_in
 from bench.measuring import free_memory, host_us, ours
 from bench.showing import grid, replace_generated
 
@@ -81,7 +82,8 @@ def measure(row: dict[str, Any], device: torch.device, effort: Effort) -> None:
         language: ours(op, Plan(arch, problem, ((tokens, Config.parse(config)),)))
         for language, config in row["configs"].items()
     }
-    prepared = [runner(call, ring, device, effort) for call in calls.values()]
+    beside = stand_in(device, effort)
+    prepared = [runner(call, ring, device, effort, beside=beside) for call in calls.values()]
     timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
     ratio = gain(timings[TRITON], timings[CPP])
     row["us"] = {language: timing.median_us for language, timing in timings.items()}

@@ -15,7 +15,7 @@ from autofuse.targets import target_of
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, known_of, provenance_of, tune_buckets
-from autofuse.tuner.known import searched, still_searched
+from autofuse.tuner.known import TIMED, searched, still_searched
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=96, kv_lora_rank=40, cast_before_weight=True)
@@ -85,6 +85,20 @@ def test_a_failure_holds_as_long_as_its_cause_may(changed: dict[str, str | float
         source = NORMS.source_hash("cpu")
         database.record_trial(Trial(HERE, PROBLEM, 4, config, source, status, message="no", provenance=then))
         assert (config not in known_of(database, HERE, BUCKET, present).trials) == again
+
+
+def test_what_was_timed_in_another_way_is_timed_again(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what an earlier autofuse timed back to back is, on a GPU."""
+    with TunedDatabase() as database:
+        configs = tuned(database, tiny)
+        assert known_of(database, HERE, BUCKET, provenance_of(CPU)).fresh
+        now = {**provenance_of(CPU), TIMED: "in another way"}
+        before = known_of(database, HERE, BUCKET, now)
+        assert (before.trials, before.fresh) == ({}, False)
+        monkeypatch.setattr("autofuse.tuner.job.provenance_of", lambda device: now)
+        assert sorted(map(str, tuned(database, tiny))) == sorted(map(str, configs))
+        assert known_of(database, HERE, BUCKET, now).fresh
+        assert tuned(database, tiny) == []
 
 
 def test_another_tuners_trial_is_left_alone_where_this_one_is_interrupted(

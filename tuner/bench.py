@@ -20,6 +20,7 @@ from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
 from autofuse.tuner.measure import Ring, Runner, Timing, example_ring, interleave, runner
 from autofuse.tuner.racing import Race, race
+from autofuse.tuner.stand_in import StandIn, stand_in
 from autofuse.tuner.turns import Turns
 from autofuse.tuner.verify import Verification
 
@@ -54,6 +55,7 @@ class Bench:
         self._turns = turns or Turns(None)
         self._subject: Subject = ""
         self._bucket: _Bucket | None = None
+        self._stand_in: StandIn | None = None
         self._watch = watch(device, self._turns.members)
 
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
@@ -73,6 +75,7 @@ class Bench:
             raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
         with self._turns, torch.no_grad():
             self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)
+            self._calibrate()
             self._synchronise()
 
     def turn(self) -> AbstractContextManager[None]:
@@ -128,6 +131,7 @@ class Bench:
             prepared = [[self._lasting(subject) for subject in subjects]]
             if self._device.type != "cpu":
                 prepared += self._elsewhere(subjects, min(places, rounds) - 1)
+            self._calibrate()
             with self._running(subjects[0]):
                 self._watch.begin()
                 parts = [
@@ -194,8 +198,14 @@ class Bench:
             if subject not in bucket.baselines:
                 raise LaunchError(f"{bucket.op.name} cannot be compiled any more")
             call = bucket.baselines[subject]
-        prepared = runner(call, ring, self._device, self._effort, warm=False)
+        prepared = runner(call, ring, self._device, self._effort, warm=False, beside=self._stand_in)
         return _NotedRunner(prepared, subject, self._take_note)
+
+    def _calibrate(self) -> None:
+        if self._stand_in is None:
+            self._stand_in = stand_in(self._device, self._effort)
+        else:
+            self._stand_in.calibrate()
 
     def _bound(self, config: Config) -> BoundPlan:
         return bind_plan(self._opened().op, self._plan(config), self._device)

@@ -30,10 +30,11 @@ from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
-from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of, searched
+from autofuse.tuner.known import DIED, DIED_AGAIN, TIMED, imported, known_of, searched
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import grid_size, search_for
+from autofuse.tuner.stand_in import BEHIND_STAND_INS
 from autofuse.tuner.ties import choose
 
 __all__ = [
@@ -186,6 +187,7 @@ def provenance_of(device: torch.device) -> dict[str, str | int | float | None]:
         "host": platform.node(),
         "torch": torch.__version__,
         "autofuse": _autofuse_version(),
+        **({} if device.type == "cpu" else {TIMED: BEHIND_STAND_INS}),
         **toolchain(target_of(device).kind).provenance(device),
     }
 

@@ -12,10 +12,11 @@ from autofuse.targets import Target
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.queue import Bucket
 
-__all__ = ["DIED", "DIED_AGAIN", "Known", "imported", "known_of", "searched", "still_searched"]
+__all__ = ["DIED", "DIED_AGAIN", "TIMED", "Known", "imported", "known_of", "searched", "still_searched"]
 
 _SOFTWARE = ("autofuse", "torch", "driver", "toolkit", "compiler")  # of provenance: what can make a config fail
 _TRIALS, _WHOLE, _SOURCES = "searched_trials", "searched_whole_up_to", "searched_sources"  # of a winner's provenance
+TIMED = "timed"  # of provenance: how. What was timed in another way says little of what is timed now.
 DIED = "the process died while this config ran"
 DIED_AGAIN = "the process died twice while this config ran"
 
@@ -27,7 +28,7 @@ class Known:
     Attributes:
         trials: config → trial, of those that need not be made again.
         winner: the present one, of whatever kernel source.
-        fresh: whether it was measured with the present source.
+        fresh: whether it was measured with the present source, and as is done now.
         searched: its provenance, with what ``searched`` says of the search that it came of if that came to its end;
             empty if something that failed then is to be tried again.
     """
@@ -74,16 +75,15 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
     """
     sources = get_op(bucket.problem.op).source_hashes(target.kind)
     trials = database.trials(target, bucket.problem, bucket.tokens, *sources)
-    winner = database.winner(target, bucket.problem, bucket.tokens)
-    fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
-    failures = {trial.provenance for trial in trials if trial.failed}
-    alike = {id: bool(id) and _same_software(database.provenance(id), present) for id in failures}
     own = [trial for trial in trials if trial.standing == "own"]
-    held = [trial for trial in own if _holds(trial, alike)]
-    fields: Provenance = {}
-    if winner is not None and fresh and winner.provenance and len(held) == len(own):
-        fields = database.provenance(winner.provenance)
-    return Known({trial.config: trial for trial in held}, winner, fresh, fields)
+    known = {id: database.provenance(id) if id else {} for id in {trial.provenance for trial in own}}
+    held = [trial for trial in own if _holds(trial, known[trial.provenance], present)]
+    winner = database.winner(target, bucket.problem, bucket.tokens)
+    fields = database.provenance(winner.provenance) if winner is not None and winner.provenance else {}
+    fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
+    fresh = fresh and fields.get(TIMED) == present.get(TIMED)
+    ended = fields if fresh and len(held) == len(own) else {}
+    return Known({trial.config: trial for trial in held}, winner, fresh, ended)
 
 
 def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:
@@ -92,16 +92,17 @@ def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Ef
     return database.priors(target, bucket.problem, bucket.tokens, *sources)[: effort.priors]
 
 
-def _holds(trial: Trial, alike: Mapping[str, bool]) -> bool:
-    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, one death
-    of the tuning process may have had any reason, and memory may have been short because others had it.
+def _holds(trial: Trial, then: Provenance, present: Provenance) -> bool:
+    """Whether a trial need not be made again: a time may have been taken in another way, a failure may have been this
+    driver's, or this compiler's, one death of the tuning process may have had any reason, and memory may have been
+    short because others had it.
 
-    Args:
-        alike: provenance of failures → whether it is of the present software.
+    Args: then: its provenance.
     """
     if not trial.failed:
-        return True
-    return alike[trial.provenance] and trial.message != DIED and trial.status != "out_of_memory"
+        return then.get(TIMED) == present.get(TIMED)
+    again = trial.message == DIED or trial.status == "out_of_memory"
+    return bool(trial.provenance) and _same_software(then, present) and not again
 
 
 def _same_software(one: Provenance, other: Provenance) -> bool:

@@ -6,10 +6,8 @@ allocator has just freed, and all functions that are compared write to the same 
 as they are. Functions that are compared take turns, so a clock that drifts drifts for all of them, and change their
 order from round to round, so that none always runs behind the same one.
 
-One call follows the other, so a kernel that is launched programmatically overlaps with its own predecessor. In a model
-it does so where the kernel before lets it start early, as many of cuBLAS's for Hopper do: launched plainly, the same
-kernels make an MLA layer of one token 1.6 µs longer on an H200. After short products, which do not, they take 0.3 to
-0.6 µs more than plainly launched ones. No stand-in for a model tells which it will be.
+Calls that follow one another, back to back, are not what a model makes of them: a kernel may be launched with others
+``beside`` it, whose own time is taken off.
 """
 
 from __future__ import annotations
@@ -30,10 +28,11 @@ import torch
 from autofuse.ops import FusedOp, Problem
 from autofuse.tuner.budgets import Effort
 
-__all__ = ["Gain", "Ring", "Runner", "Timing", "example_ring", "gain", "interleave", "runner", "time_alone"]
+__all__ = ["Beside", "Gain", "Ring", "Runner", "Timing", "example_ring", "gain", "interleave", "runner", "time_alone"]
 
 Call = Callable[..., Any]
 _SOME_ROUNDS = 3  # from whose shortest the length of a round is told
+_BESIDE, _OF = 2, 3  # so many of so many calls have a kernel before them that is not theirs
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,20 @@ def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.devic
     return Ring.of([first, *common], device)
 
 
+class Beside(ABC):
+    """A kernel that is launched between the calls that are timed on a GPU.
+
+    Attributes:
+        us: what a launch of it takes, one after the other.
+    """
+
+    us = 0.0
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """Launches it."""
+
+
 class Runner(ABC):
     """One function, prepared for timing over a ring of inputs.
 
@@ -125,7 +138,7 @@ class Runner(ABC):
 
     def round_us(self) -> float:
         """Times one round: µs per call."""
-        return self._time_us() / (self.repeats * self.calls_each)
+        return self._time_us() / (self.repeats * self.calls_each) - self._others_us()
 
     def warm(self, rounds: int) -> None:
         """Runs rounds that nobody looks at."""
@@ -139,11 +152,17 @@ class Runner(ABC):
         while (shortest_us := min(self._time_us() for _ in range(_SOME_ROUNDS))) < wanted_us / 2:
             # A clock that saw no time pass tells nothing.
             self.repeats <<= max(math.ceil(math.log2(wanted_us / 2 / max(shortest_us, wanted_us / 256))), 1)
-        self.first_us = shortest_us / (self.repeats * self.calls_each)
+        self.first_us = shortest_us / (self.repeats * self.calls_each) - self._others_us()
+
+    def _others_us(self) -> float:
+        """Of a round, what is no call's: µs per call."""
+        return 0.0
 
 
 class _CudaRunner(Runner):
-    def __init__(self, call: Call, ring: Ring, effort: Effort) -> None:
+    def __init__(self, call: Call, ring: Ring, effort: Effort, beside: Beside | None) -> None:
+        self._beside = beside
+        self._beside_each = sum(map(_has_before, range(len(ring.sets)))) / len(ring.sets)  # launches of it, per call
         stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         self._graph = torch.cuda.CUDAGraph()
@@ -154,7 +173,9 @@ class _CudaRunner(Runner):
             # Not ``torch.cuda.graph``: it also empties the allocator's cache, which the next candidate fills again.
             self._graph.capture_begin(pool=ring.pool)
             try:
-                for args in ring.sets:
+                for number, args in enumerate(ring.sets):
+                    if beside is not None and _has_before(number):
+                        beside()
                     call(*args)
             except BaseException:
                 with suppress(RuntimeError):  # what went wrong first says more
@@ -173,6 +194,14 @@ class _CudaRunner(Runner):
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e3
+
+    def _others_us(self) -> float:
+        return 0.0 if self._beside is None else self._beside.us * self._beside_each
+
+
+def _has_before(number: int) -> bool:
+    """Whether a ring's call of that number has a kernel before it that is not the call before."""
+    return number % _OF < _BESIDE
 
 
 @functools.cache
@@ -198,12 +227,23 @@ class _CpuRunner(Runner):
         return (time.perf_counter_ns() - start) / 1e3
 
 
-def runner(call: Call, ring: Ring, device: torch.device, effort: Effort, *, warm: bool = True) -> Runner:
+def runner(
+    call: Call,
+    ring: Ring,
+    device: torch.device,
+    effort: Effort,
+    *,
+    warm: bool = True,
+    beside: Beside | None = None,
+) -> Runner:
     """Prepares ``call`` for timing; runs it some times. Raises whatever ``call`` raises.
 
-    Args: warm: False leaves ``warm`` to the caller.
+    Args:
+        warm: False leaves ``warm`` to the caller.
+        beside: on a GPU, is launched before two of three calls.
     """
-    prepared = (_CudaRunner if device.type == "cuda" else _CpuRunner)(call, ring, effort)
+    cuda = device.type == "cuda"
+    prepared = _CudaRunner(call, ring, effort, beside) if cuda else _CpuRunner(call, ring, effort)
     if warm:
         prepared.warm(effort.warmup_rounds)
     return prepared
