@@ -37,7 +37,7 @@ from autofuse.cache_db.records import (
 )
 from autofuse.cache_db.repair import RepairSummary, repair
 from autofuse.cache_db.rivals import Rival, rival_of
-from autofuse.cache_db.software import software_changes
+from autofuse.cache_db.software import TIMED, software_changes, timed_alike
 from autofuse.cache_db.store import FormerWinner, Provenance, TunedDatabase
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "KEPT_WINNERS",
     "LOOKUP_RULES",
     "STANDINGS",
+    "TIMED",
     "TRIAL_STATUSES",
     "AbsentDatabaseError",
     "Agreement",
@@ -81,6 +82,7 @@ __all__ = [
     "repair",
     "rival_of",
     "software_changes",
+    "timed_alike",
     "usable_export",
     "why_unused_here",
     "winners_digest",

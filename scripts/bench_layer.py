@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import types
 from collections import Counter
@@ -34,16 +33,15 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import autofuse
 from autofuse.cache_db import TunedDatabase
 from autofuse.graph.explain import explain
 from autofuse.graph.fusions import FUSIONS
 from autofuse.graph.report import GraphReport
 from autofuse.graph.report_store import last_reports
 from autofuse.ops import Problem, get_op
-from autofuse.targets import Target, parse_device, target_of, toolchain
+from autofuse.targets import Target, parse_device, target_of
 from autofuse.tuner.budgets import EFFORTS, Effort
-from autofuse.tuner.job import Bucket, tune_buckets
+from autofuse.tuner.job import Bucket, provenance_of, tune_buckets
 from autofuse.tuner.measure import Ring, gain, interleave, runner
 from bench.chain import launched_plainly
 from mla_layer import (
@@ -215,19 +213,14 @@ def _error(results: Any, expected: Any) -> float:
 
 def facts(widths: Widths, device: torch.device) -> dict[str, Any]:
     """What holds for all rows."""
-    target = target_of(device)
-    return {
-        "widths": widths.__dict__,
-        "dtype": "bf16",
-        "target": str(target),
-        "provenance": {
-            "host": platform.node(),
-            "torch": torch.__version__,
-            "autofuse": autofuse.__version__,
-            "source_hashes": {fusion.op: get_op(fusion.op).source_hash(target.kind) for fusion in FUSIONS if fusion.op},
-            **toolchain(target.kind).provenance(device),
-        },
-    }
+    return {"widths": widths.__dict__, "dtype": "bf16", "target": str(target_of(device))}
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Of a row: rows of one file may be of several days and machines."""
+    ops = [fusion.op for fusion in FUSIONS if fusion.op]
+    hashes = {op: get_op(op).source_hash(target_of(device).kind) for op in ops}
+    return {**provenance_of(device), "source_hashes": hashes}
 
 
 def record(path: Path, known: dict[str, Any], section: str, tokens: int, row: dict[str, Any]) -> None:
@@ -281,7 +274,8 @@ def main() -> None:
         for section, context in [list(sections.items())[index] for index in chosen]:
             rows = {}
             for tokens in map(int, options.tokens.split(",")):
-                rows[tokens] = measured_row(widths, tokens, context, options, device)
+                row = measured_row(widths, tokens, context, options, device)
+                rows[tokens] = {**row, "provenance": provenance(device)}
                 if options.json:
                     record(options.json, known, section, tokens, rows[tokens])
                 error = max(rows[tokens]["error"].values())

@@ -37,7 +37,7 @@ from autofuse.tuner.budgets import Effort, effort
 from autofuse.tuner.device_lock import device_lock
 from autofuse.tuner.job import provenance_of
 from autofuse.tuner.measure import example_ring, gain, interleave, runner
-from autofuse.tuner.stand_in import stand_in
+from autofuse.tuner.stand_in import StandIn, stand_in
 from bench.measuring import free_memory, host_us, ours
 from bench.showing import grid, replace_generated
 
@@ -80,7 +80,7 @@ def recorded() -> dict[str, Any]:
     return {"rows": [row for content in contents for row in content["rows"]]}
 
 
-def measure(row: dict[str, Any], device: torch.device, effort: Effort) -> None:
+def measure(row: dict[str, Any], device: torch.device, effort: Effort, beside: StandIn | None = None) -> None:
     """Times both configs of a row in turns: ``us`` anew, ``ratio`` (Triton's time ÷ that of C++) with its 95 %
     ``interval``, and on a GPU ``host_us`` of a call of each.
     """
@@ -91,8 +91,9 @@ def measure(row: dict[str, Any], device: torch.device, effort: Effort) -> None:
         language: ours(op, Plan(arch, problem, ((tokens, Config.parse(config)),)))
         for language, config in row["configs"].items()
     }
-    beside = stand_in(device, effort)
     prepared = [runner(call, ring, device, effort, beside=beside) for call in calls.values()]
+    if beside is not None:
+        beside.calibrate()
     timings = dict(zip(calls, interleave(prepared, effort.final_rounds), strict=True))
     ratio = gain(timings[TRITON], timings[CPP])
     row["us"] = {language: timing.median_us for language, timing in timings.items()}
@@ -143,9 +144,12 @@ def main() -> None:
     if options.measure:
         device = parse_device(options.measure)
         registry.go_native()  # calls are timed as a compiled graph makes them
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        beside = stand_in(device, effort("default"))
         with device_lock([device], on_wait=lambda line: print(line, file=sys.stderr)):
             for row in track(content["rows"], console=Console(stderr=True), transient=True):
-                measure(row, device, effort("default"))
+                measure(row, device, effort("default"), beside)
                 free_memory(device)
         content["measured"] = {"measured_at": now(), **provenance_of(device)}
         print(host_difference(content), file=sys.stderr)

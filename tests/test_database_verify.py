@@ -13,7 +13,7 @@ import torch
 from planting import PROBLEM as FAULTY
 from planting import impatient, plant
 
-from autofuse.cache_db import Baseline, Captured, Trial, TunedDatabase, Winner, export_database, import_into
+from autofuse.cache_db import TIMED, Baseline, Captured, Trial, TunedDatabase, Winner, export_database, import_into
 from autofuse.cli.app import run
 from autofuse.cli.marks import Marks
 from autofuse.errors import CompileError, TargetUnavailable
@@ -148,6 +148,26 @@ def test_what_is_not_as_recorded_is_marked_and_decides_by_its_present_figures_un
     assert not known_of(database, TARGET, Bucket(PROBLEM, 4), provenance_of(CPU)).fresh
     assert check(database, tiny).verdict == "agrees"
     assert database.winners()[0].standing == "own"
+
+
+@pytest.mark.parametrize(("disturbances", "verdict"), [((), "agrees"), (("other work on the CPU",), "unchecked")])
+def test_another_gain_contradicts_none_that_was_timed_in_another_way(
+    database: TunedDatabase,
+    tiny: Effort,
+    bench: type[FakeBench],
+    disturbances: tuple[str, ...],
+    verdict: str,
+) -> None:
+    before = put(database, gain=4.0, gain_low=3.9, gain_high=4.1, software={TIMED: "in another way"})
+    assert Marks(database).of(before) == "suspect: autofuse timed in another way"
+    bench.disturbances = disturbances
+    assert check(database, tiny).verdict == verdict
+    (now,) = database.winners()
+    if verdict == "unchecked":
+        assert now == before
+    else:
+        assert (now.standing, now.gain, Marks(database).of(now)) == ("own", pytest.approx(2.0, abs=0.05), "")
+    assert database.captured() == []
 
 
 @pytest.mark.parametrize(

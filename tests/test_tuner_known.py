@@ -8,14 +8,14 @@ import pytest
 import torch
 from planting import tune_here
 
-from autofuse.cache_db import Trial, TunedDatabase
+from autofuse.cache_db import TIMED, Trial, TunedDatabase
 from autofuse.cache_db.garbage import collect_garbage
 from autofuse.ops import Config, Problem, get_op
 from autofuse.targets import target_of
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, BucketDone, Event, TrialDone, known_of, provenance_of, tune_buckets
-from autofuse.tuner.known import TIMED, searched, still_searched
+from autofuse.tuner.known import searched, still_searched
 
 NORMS = get_op("mla_dual_rms_norm")
 PROBLEM = NORMS.make_problem(dtype="bf16", q_lora_rank=96, kv_lora_rank=40, cast_before_weight=True)
@@ -95,10 +95,14 @@ def test_what_was_timed_in_another_way_is_timed_again(tiny: Effort, monkeypatch:
         now = {**provenance_of(CPU), TIMED: "in another way"}
         before = known_of(database, HERE, BUCKET, now)
         assert (before.trials, before.fresh) == ({}, False)
+        assert {trial.config for trial in before.outdated} == set(configs)
         monkeypatch.setattr("autofuse.tuner.job.provenance_of", lambda device: now)
-        assert sorted(map(str, tuned(database, tiny))) == sorted(map(str, configs))
-        assert known_of(database, HERE, BUCKET, now).fresh
-        assert tuned(database, tiny) == []
+        again = tuned(database, replace(tiny, exhaustive_up_to=1, trials=3))
+        assert {trial.config for trial in trials(database)} == set(again)  # nothing of before is left
+        assert set(configs) - set(again)
+        after = known_of(database, HERE, BUCKET, now)
+        assert (after.fresh, after.outdated) == (True, ())
+        assert known_of(database, HERE, BUCKET, provenance_of(CPU)).fresh is False
 
 
 def test_another_tuners_trial_is_left_alone_where_this_one_is_interrupted(

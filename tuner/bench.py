@@ -20,7 +20,7 @@ from autofuse.tuner.failures import CandidateFailed, Subject, blaming
 from autofuse.tuner.guards import GuardedCall
 from autofuse.tuner.measure import Ring, Runner, Timing, example_ring, interleave, runner
 from autofuse.tuner.racing import Race, race
-from autofuse.tuner.stand_in import StandIn, stand_in
+from autofuse.tuner.stand_in import stand_in
 from autofuse.tuner.turns import Turns
 from autofuse.tuner.verify import Verification
 
@@ -55,7 +55,7 @@ class Bench:
         self._turns = turns or Turns(None)
         self._subject: Subject = ""
         self._bucket: _Bucket | None = None
-        self._stand_in: StandIn | None = None
+        self._stand_in = stand_in(device, effort)
         self._watch = watch(device, self._turns.members)
 
     def open(self, problem: Problem, tokens: int, source_hash: str) -> None:
@@ -75,7 +75,6 @@ class Bench:
             raise AutofuseError(f"the kernel of {op.name} was edited while it was tuned: run the command again")
         with self._turns, torch.no_grad():
             self._bucket = _Bucket(op, problem, tokens, self._device, self._effort)
-            self._calibrate()
             self._synchronise()
 
     def turn(self) -> AbstractContextManager[None]:
@@ -93,6 +92,7 @@ class Bench:
         """How long a call takes, in a race with the best config so far. Run it only after ``verify``."""
         bucket = self._opened()
         with self._turns:
+            self._calibrate()
             rival = None if best is None else self._lasting(best)
             with self._running(config):
                 prepared = self._prepared(config, bucket.ring)
@@ -202,10 +202,11 @@ class Bench:
         return _NotedRunner(prepared, subject, self._take_note)
 
     def _calibrate(self) -> None:
-        if self._stand_in is None:
-            self._stand_in = stand_in(self._device, self._effort)
-        else:
-            self._stand_in.calibrate()
+        """Before whatever is timed; no candidate runs."""
+        if self._stand_in is not None:
+            self._take_note("")
+            with torch.no_grad():
+                self._stand_in.calibrate()
 
     def _bound(self, config: Config) -> BoundPlan:
         return bind_plan(self._opened().op, self._plan(config), self._device)

@@ -174,7 +174,7 @@ class Effort:
         warmup_rounds: untimed rounds before each measurement.
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
             do not stay in the last-level cache (H200: 60 MB).
-        ring_sets: at most so many sets of inputs; tiny ones would need thousands.
+        ring_sets: at most so many sets of inputs, or up to two more; tiny ones would need thousands.
         verify_seeds: random inputs that a config must compute rightly before it is timed.
         limits: after which a candidate is taken for one that never ends.
     """
@@ -202,7 +202,7 @@ class Effort:
     cpu_round_us: float = 3_000.0
     warmup_rounds: int = 2
     ring_bytes: int = 160 << 20
-    ring_sets: int = 256
+    ring_sets: int = 255
     verify_seeds: int = 2
     limits: Limits = Limits()
 

@@ -31,7 +31,7 @@ class Outlook:
 
     Attributes:
         state: ``tuned`` (nothing is left to do), ``begun`` (some configs are measured), ``stale`` (tuned with another
-            version of the kernel), ``again`` (it is to be measured anew) or ``new``.
+            version of the kernel, or timed in another way), ``again`` (it is to be measured anew) or ``new``.
         known: configs that the database knows.
         trials: configs that would be measured, at most.
         seconds: from its begin to its end.

@@ -30,11 +30,11 @@ from autofuse.tuner.budgets import FINAL_SHARE, Effort
 from autofuse.tuner.compile_ahead import CompilePool, compile_pool
 from autofuse.tuner.failures import CandidateFailed, Subject
 from autofuse.tuner.isolation import IsolatedBench
-from autofuse.tuner.known import DIED, DIED_AGAIN, TIMED, imported, known_of, searched
+from autofuse.tuner.known import DIED, DIED_AGAIN, imported, known_of, searched
 from autofuse.tuner.measure import Gain, Timing, gain
 from autofuse.tuner.queue import Bucket, BucketQueue, Share
 from autofuse.tuner.search import grid_size, search_for
-from autofuse.tuner.stand_in import BEHIND_STAND_INS
+from autofuse.tuner.stand_in import way_of_timing
 from autofuse.tuner.ties import choose
 
 __all__ = [
@@ -183,12 +183,13 @@ def _bandwidth(bench: IsolatedBench) -> float | None:
 
 def provenance_of(device: torch.device) -> dict[str, str | int | float | None]:
     """What else than the config could change a timing on ``device``."""
+    kind = target_of(device).kind
     return {
         "host": platform.node(),
         "torch": torch.__version__,
         "autofuse": _autofuse_version(),
-        **({} if device.type == "cpu" else {TIMED: BEHIND_STAND_INS}),
-        **toolchain(target_of(device).kind).provenance(device),
+        **way_of_timing(kind),
+        **toolchain(kind).provenance(device),
     }
 
 
@@ -240,6 +241,9 @@ class _BucketTuning:
         if before.fresh and not retune and search.total == 0:
             self._on_event(BucketDone(self._bucket, before.winner, measured=False))
             return before.winner
+        with self._database.transaction():
+            for trial in before.outdated:
+                self._database.forget_trial(trial)
         self._bench.open(self._problem, self._tokens, "+".join(self._sources))
         measured: set[Config] = set(known)
         best = min((trial for trial in known.values() if trial.status == "ok"), key=_time_us, default=None)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autofuse.cache_db import Trial, TunedDatabase, Winner
+from autofuse.cache_db import Trial, TunedDatabase, Winner, timed_alike
 from autofuse.cache_db.store import Provenance
 from autofuse.ops import Config, get_op
 from autofuse.targets import Target
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.queue import Bucket
 
-__all__ = ["DIED", "DIED_AGAIN", "TIMED", "Known", "imported", "known_of", "searched", "still_searched"]
+__all__ = ["DIED", "DIED_AGAIN", "Known", "imported", "known_of", "searched", "still_searched"]
 
 _SOFTWARE = ("autofuse", "torch", "driver", "toolkit", "compiler")  # of provenance: what can make a config fail
 _TRIALS, _WHOLE, _SOURCES = "searched_trials", "searched_whole_up_to", "searched_sources"  # of a winner's provenance
-TIMED = "timed"  # of provenance: how. What was timed in another way says little of what is timed now.
 DIED = "the process died while this config ran"
 DIED_AGAIN = "the process died twice while this config ran"
 
@@ -30,13 +29,16 @@ class Known:
         winner: the present one, of whatever kernel source.
         fresh: whether it was measured with the present source, and as is done now.
         searched: its provenance, with what ``searched`` says of the search that it came of if that came to its end;
-            empty if something that failed then is to be tried again.
+            empty if a trial is to be made again.
+        outdated: trials whose times were taken in another way. None is told from those that are taken now, so what is
+            ranked with them, or learnt from both, would be wrong.
     """
 
     trials: Mapping[Config, Trial]
     winner: Winner | None
     fresh: bool
     searched: Provenance
+    outdated: tuple[Trial, ...] = ()
 
     def is_done(self, effort: Effort, sources: Sequence[str], wanted: Sequence[Config]) -> bool:
         """Whether a search of that effort has nothing to do: one of as much came to its end, in the same languages.
@@ -71,19 +73,22 @@ def known_of(database: TunedDatabase, target: Target, bucket: Bucket, present: P
     """Only what was measured here counts: what another machine found is proposed, and measured again.
 
     Args:
-        present: the present provenance; what failed with another driver or other software is tried again.
+        present: the present provenance; what failed with another driver or other software is tried again, and what was
+            timed in another way is timed again.
     """
     sources = get_op(bucket.problem.op).source_hashes(target.kind)
     trials = database.trials(target, bucket.problem, bucket.tokens, *sources)
     own = [trial for trial in trials if trial.standing == "own"]
-    known = {id: database.provenance(id) if id else {} for id in {trial.provenance for trial in own}}
-    held = [trial for trial in own if _holds(trial, known[trial.provenance], present)]
+    names = {trial.provenance for trial in own}
+    then = {name: database.provenance(name) if name else {} for name in names}
+    outdated = [trial for trial in own if not trial.failed and not timed_alike(then[trial.provenance], present)]
+    held = [trial for trial in own if trial not in outdated and _holds(trial, then[trial.provenance], present)]
     winner = database.winner(target, bucket.problem, bucket.tokens)
     fields = database.provenance(winner.provenance) if winner is not None and winner.provenance else {}
     fresh = winner is not None and winner.source_hash in sources and winner.standing == "own"
-    fresh = fresh and fields.get(TIMED) == present.get(TIMED)
+    fresh = fresh and timed_alike(fields, present)
     ended = fields if fresh and len(held) == len(own) else {}
-    return Known({trial.config: trial for trial in held}, winner, fresh, ended)
+    return Known({trial.config: trial for trial in held}, winner, fresh, ended, tuple(outdated))
 
 
 def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Effort) -> list[Config]:
@@ -93,14 +98,13 @@ def imported(database: TunedDatabase, target: Target, bucket: Bucket, effort: Ef
 
 
 def _holds(trial: Trial, then: Provenance, present: Provenance) -> bool:
-    """Whether a trial need not be made again: a time may have been taken in another way, a failure may have been this
-    driver's, or this compiler's, one death of the tuning process may have had any reason, and memory may have been
-    short because others had it.
+    """Whether a trial need not be made again: a failure may have been this driver's, or this compiler's, one death of
+    the tuning process may have had any reason, and memory may have been short because others had it.
 
     Args: then: its provenance.
     """
     if not trial.failed:
-        return then.get(TIMED) == present.get(TIMED)
+        return True
     again = trial.message == DIED or trial.status == "out_of_memory"
     return bool(trial.provenance) and _same_software(then, present) and not again
 

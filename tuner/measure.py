@@ -32,7 +32,7 @@ __all__ = ["Beside", "Gain", "Ring", "Runner", "Timing", "example_ring", "gain",
 
 Call = Callable[..., Any]
 _SOME_ROUNDS = 3  # from whose shortest the length of a round is told
-_BESIDE, _OF = 2, 3  # so many of so many calls have a kernel before them that is not theirs
+_BESIDE, _OF = 2, 3  # so many of so many calls have a kernel before them that is no call
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ def gain(baseline: Timing, candidate: Timing) -> Gain:
 
 
 def example_ring(op: FusedOp, problem: Problem, tokens: int, device: torch.device, effort: Effort) -> Ring:
-    """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows.
+    """Sets of inputs for consecutive calls, together beyond the last-level cache where ``ring_sets`` allows; as many as
+    make whole turns of calls with a kernel before them and without.
 
     What all layers of a model share is the same in all of them.
     """
     generator = torch.Generator(device).manual_seed(1)
     sets = -(-effort.ring_bytes // max(op.bytes_moved(problem, tokens), 1))
-    sets = max(3, min(sets, effort.ring_sets))
+    sets = max(-(-min(sets, effort.ring_sets) // _OF) * _OF, _OF)
     first = op.example_args(problem, tokens, device, generator)
     others = (op.example_args(problem, tokens, device, generator) for _ in range(sets - 1))
     common = [tuple(first[i] if i in op.shared else arg for i, arg in enumerate(args)) for args in others]
@@ -162,7 +163,7 @@ class Runner(ABC):
 class _CudaRunner(Runner):
     def __init__(self, call: Call, ring: Ring, effort: Effort, beside: Beside | None) -> None:
         self._beside = beside
-        self._beside_each = sum(map(_has_before, range(len(ring.sets)))) / len(ring.sets)  # launches of it, per call
+        self._beside_each = launches_each(len(ring.sets))
         stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         self._graph = torch.cuda.CUDAGraph()
@@ -202,6 +203,11 @@ class _CudaRunner(Runner):
 def _has_before(number: int) -> bool:
     """Whether a ring's call of that number has a kernel before it that is not the call before."""
     return number % _OF < _BESIDE
+
+
+def launches_each(calls: int) -> float:
+    """Of that kernel, for each of so many calls."""
+    return sum(map(_has_before, range(calls))) / calls
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from autofuse.cache_db import Baseline, Captured, Trial, TunedDatabase, Winner, software_changes
+from autofuse.cache_db import Baseline, Captured, Trial, TunedDatabase, Winner, software_changes, timed_alike
 from autofuse.cache_db.foreign import left_out
+from autofuse.cache_db.store import Provenance
 from autofuse.errors import BadInput, CompileError, TargetUnavailable
 from autofuse.ops import Config, get_op
 from autofuse.targets import target_of
@@ -168,7 +169,8 @@ class _Recheck:
             measured_at="",
             standing="own",
         )
-        if agrees(winner, now):
+        new_figures = self._timed_otherwise(winner) and not measured.disturbances
+        if new_figures or agrees(winner, now):
             if winner.standing == "own" and not self._in_doubt(winner):
                 return Checked(winner, "agrees", now, disturbances=measured.disturbances)
         elif measured.disturbances:
@@ -189,10 +191,14 @@ class _Recheck:
 
     def _in_doubt(self, winner: Winner) -> bool:
         """Whether the software has changed since it was measured, or nobody knows."""
-        if not winner.provenance:
-            return True
-        then = self._database.provenance(winner.provenance)
-        return bool(software_changes(then, self._database.provenance(self._provenance)))
+        return not winner.provenance or bool(software_changes(*self._then_and_now(winner)))
+
+    def _timed_otherwise(self, winner: Winner) -> bool:
+        """Whether its figures are of another way of timing, so that others do not contradict them."""
+        return bool(winner.provenance) and not timed_alike(*self._then_and_now(winner))
+
+    def _then_and_now(self, winner: Winner) -> tuple[Provenance, Provenance]:
+        return self._database.provenance(winner.provenance), self._database.provenance(self._provenance)
 
     def _settle(self, checked: Checked) -> None:
         winner = checked.before

@@ -6,29 +6,34 @@ matrix product, whose blocks fill the multiprocessors and which lets it start la
 some products do let it start early; a norm of one token is then launched for next to nothing.
 
 So two of three calls that are timed come behind a stand-in that takes the whole GPU, and the third behind the call
-before it. What this was chosen by: 100 configs each of three ops at T = 1, 64 and 256, timed on an H200 in an MLA layer
-and by themselves. In the layer, the fastest of those that were timed back to back took 0.5 µs more than the fastest
-there (the mean of eight; at most 1.6), the fastest of those that were timed so 0.1 µs (at most 0.3).
+before it. docs/performance.md ("In a layer") says how much nearer to a layer's ranking that comes for kernels that
+multiply, and that it is no better for norms.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import replace
+
 import torch
 
+from autofuse.cache_db import TIMED
+from autofuse.cache_db.store import Provenance
 from autofuse.targets import KernelSpec, kind_of_arch, target_of, toolchain
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.measure import Beside, Ring, Runner, runner, time_alone
 
-__all__ = ["BEHIND_STAND_INS", "StandIn", "spec_of", "stand_in"]
-
-BEHIND_STAND_INS = "behind stand-ins"
-"""Says of a time that it was taken so."""
+__all__ = ["StandIn", "spec_of", "stand_in", "way_of_timing"]
 
 _THREADS = 512  # whole blocks of which are all the threads that a multiprocessor of any GPU has
 _STEPS = 32  # 1.6 µs on an H200, of which its launch is 1.1
-_RESERVED = 1024  # bytes of shared memory, of each block, which the driver takes (on NVIDIA)
+_RESERVED = 1024  # bytes of shared memory, of each block, which NVIDIA's driver takes; elsewhere they stay free
 _OWN = 128  # and at most so many for the kernel's own variable
 _CALLS = 64  # in a CUDA graph
+_ROUND_US = 500.0
+_HOLDS_S = 2.0  # how long a calibration does: clocks follow the load
+_WARMING_S = 0.1  # until the clock of an idle GPU is up
 
 
 class StandIn(Beside):
@@ -42,19 +47,26 @@ class StandIn(Beside):
         spec = spec_of(target.arch, each)
         self._kernel = chain.load(spec, chain.compile(spec, target.arch), device)
         self._blocks = properties.multi_processor_count * each
-        self._device, self._effort = device, effort
+        self._device, self._effort = device, replace(effort, round_us=_ROUND_US)
         self._alone: Runner | None = None
+        self._calibrated = -math.inf
 
     def __call__(self) -> None:
         self._kernel.launch(self._blocks, _STEPS)
 
     def calibrate(self) -> None:
-        """Times it by itself, anew: how long it takes depends on the GPU's clock."""
+        """Times it by itself, unless that was done just now: how long it takes depends on the GPU's clock."""
+        if time.monotonic() - self._calibrated < _HOLDS_S:
+            return
         if self._alone is None:
             ring = Ring.of([()] * _CALLS, self._device)
             self._alone = runner(self, ring, self._device, self._effort, warm=False)
+            begin = time.monotonic()
+            while time.monotonic() - begin < _WARMING_S:
+                self._alone.warm(1)
         self._alone.warm(self._effort.warmup_rounds)
         self.us = time_alone(self._alone, self._effort.trial_rounds).median_us
+        self._calibrated = time.monotonic()
 
 
 def spec_of(arch: str, blocks: int) -> KernelSpec:
@@ -73,9 +85,12 @@ def spec_of(arch: str, blocks: int) -> KernelSpec:
 
 
 def stand_in(device: torch.device, effort: Effort) -> StandIn | None:
-    """The device's, calibrated; None on a CPU, where a call begins after the one before it has ended."""
-    if device.type == "cpu":
-        return None
-    made = StandIn(device, effort)
-    made.calibrate()
-    return made
+    """The device's, to be calibrated before it is used; None on a CPU, where a call begins after the one before it has
+    ended.
+    """
+    return None if device.type == "cpu" else StandIn(device, effort)
+
+
+def way_of_timing(kind: str) -> Provenance:
+    """What provenance says of it."""
+    return {} if kind == "cpu" else {TIMED: "behind stand-ins"}
