@@ -183,6 +183,7 @@ def measured_row(
         ],
         "near_misses": [str(miss) for miss in report.near_misses],
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "provenance": provenance(device),
     }
 
 
@@ -274,8 +275,7 @@ def main() -> None:
         for section, context in [list(sections.items())[index] for index in chosen]:
             rows = {}
             for tokens in map(int, options.tokens.split(",")):
-                row = measured_row(widths, tokens, context, options, device)
-                rows[tokens] = {**row, "provenance": provenance(device)}
+                rows[tokens] = measured_row(widths, tokens, context, options, device)
                 if options.json:
                     record(options.json, known, section, tokens, rows[tokens])
                 error = max(rows[tokens]["error"].values())

@@ -219,7 +219,7 @@ def test_a_row_of_the_benchmark(monkeypatch, tmp_path, tiny):
         bench_layer.record(path, bench_layer.facts(SMALL, CPU), "with core", tokens, row)
     content = json.loads(path.read_text())
     assert list(content["rows"]["with core"]) == ["2", "4"]
-    assert {"host", "torch", "source_hashes"} <= set(content["provenance"])
+    assert {"host", "torch", "source_hashes"} <= set(row["provenance"])
     assert bench_layer.shown("layer", {2: row}).row_count == 1
 
 
