@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_a_process_that_dies_is_one_line(tiny: Effort, monkeypatch: pytest.Monke
     monkeypatch.setattr(devices_module, "start_module", dying)
     with TunedDatabase() as database, pytest.raises(AutofuseError, match=r"process that tunes on it died .*is kept"):
         tune_on_devices(buckets(4, 8), [CPU, CPU], database, tiny)
+
+
+def test_numpy_has_one_thread_in_each_process_unless_told_otherwise(
+    tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    started = devices_module.start_module
+    threads: list[list[str]] = []
+
+    def noted(*args: Any, env: dict[str, str], **options: Any) -> subprocess.Popen[bytes]:
+        threads.append([env["OPENBLAS_NUM_THREADS"], env["MKL_NUM_THREADS"]])
+        return started(*args, env=env, **options)
+
+    monkeypatch.setattr(devices_module, "start_module", noted)
+    with TunedDatabase() as database:
+        tune_on_devices(buckets(4, 8), [CPU, CPU], database, tiny)
+    assert threads == [["1", "3"]] * 2
 
 
 def test_an_interrupt_stops_all_devices_and_leaves_no_half_row(tiny: Effort) -> None:
