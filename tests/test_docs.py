@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 import bench_search
+import bench_timing
 import database_tables
 import language_table
 from autofuse.cli.app import app
@@ -168,6 +169,12 @@ def test_the_page_on_tuning_names_every_preset_and_only_options_that_there_are()
 def test_the_table_of_languages_is_the_recorded_one() -> None:
     text = language_table.DOCUMENT.read_text(encoding="utf-8")
     assert replace_generated(text, language_table.table(language_table.recorded()), language_table.BEGIN) == text
+
+
+def test_the_table_of_ways_of_timing_is_the_recorded_one() -> None:
+    text = bench_timing.DOCUMENT.read_text(encoding="utf-8")
+    rows = json.loads(bench_timing.RECORDED.read_text(encoding="utf-8"))
+    assert replace_generated(text, bench_timing.table(rows), bench_timing.BEGIN) == text
 
 
 def test_the_table_of_searches_is_the_recorded_one() -> None:
