@@ -15,7 +15,7 @@ from autofuse.tuner.bench import EAGER, Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.compile_matrix import GPU_ARCHES
 from autofuse.tuner.job import provenance_of
-from autofuse.tuner.measure import Beside, Ring, Runner, Timing, _CudaRunner, example_ring, launches_each, runner
+from autofuse.tuner.measure import Beside, Ring, Runner, _CudaRunner, example_ring, launches_each, runner
 from autofuse.tuner.stand_in import StandIn, spec_of, stand_in
 
 GPU = torch.device("cuda", 0)
@@ -49,6 +49,8 @@ class _OfThree(Beside):
     us = 3.0
 
     def __call__(self) -> None: ...
+
+    def hold(self) -> None: ...
 
 
 class _Replayed(_CudaRunner):
@@ -92,6 +94,8 @@ class _Pretended(Beside):
         self._log = log
 
     def __call__(self) -> None: ...
+
+    def hold(self) -> None: ...
 
     def calibrate(self) -> None:
         self._log.append("calibrated")
@@ -143,7 +147,7 @@ def test_it_takes_time_that_is_measured_again_only_after_a_while(
 ) -> None:
     assert beside.us > 0.0
     before = beside.us
-    monkeypatch.setattr("autofuse.tuner.stand_in.time_alone", lambda *args: Timing((1234.0,)))
+    monkeypatch.setattr(StandIn, "_round_us", lambda self: 1234.0)
     beside.calibrate()
     assert beside.us == before
     monkeypatch.setattr("autofuse.tuner.stand_in._HOLDS_S", 0.0)
@@ -163,12 +167,20 @@ def test_a_graph_has_it_before_two_of_three_calls(beside: StandIn, tiny: Effort,
             launched.append("it")
             beside()
 
+        def hold(self) -> None:
+            launched.append("held")
+            beside.hold()
+
     ring = Ring.of([(torch.zeros(1024, device=GPU),) for _ in range(sets)], GPU)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         launched.append("call")
         return torch.neg(x)
 
-    runner(call, ring, GPU, tiny, beside=Noted())
-    captured = launched[2:]  # two calls come before the capture
-    assert captured == [each for number in range(sets) for each in (("it", "call") if number % 3 < 2 else ("call",))]
+    prepared = runner(call, ring, GPU, tiny, beside=Noted(), warm=False)
+    once = [each for number in range(sets) for each in (("it", "call") if number % 3 < 2 else ("call",))]
+    assert launched[: 2 + len(once)] == ["call", "call", *once]  # two calls come before the capture
+    rounds = launched[2 + len(once) :]
+    assert set(rounds) == {"held"}  # each of those that told its length
+    prepared.round_us()
+    assert launched[2 + len(once) :] == [*rounds, "held"]

@@ -190,6 +190,7 @@ class Bench:
                 raise UnsupportedCall(f"{bucket.op.name} would run its reference: the model's arguments do not suit it")
             overload = getattr(torch.ops.autofuse, bucket.op.name).default
             plan = str(self._plan(subject))
+            registry.remember(bound, plan)  # or its first call would load the kernel once more
 
             def call(*args: Any) -> Any:
                 return overload(*args, plan)
@@ -209,7 +210,10 @@ class Bench:
                 self._stand_in.calibrate()
 
     def _bound(self, config: Config) -> BoundPlan:
-        return bind_plan(self._opened().op, self._plan(config), self._device)
+        bucket = self._opened()
+        if config not in bucket.bound:
+            bucket.bound[config] = bind_plan(bucket.op, self._plan(config), self._device)
+        return bucket.bound[config]
 
     def _plan(self, config: Config) -> Plan:
         bucket = self._opened()
@@ -247,6 +251,7 @@ class _Bucket:
         self.verification.prepare()
         self.ring: Ring = example_ring(op, problem, tokens, device, effort)
         self.baselines: dict[str, Callable[..., object]] = {}
+        self.bound: dict[Config, BoundPlan] = {}
         self.runners: dict[Subject, Runner] = {}
 
 

@@ -169,7 +169,7 @@ class Effort:
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
             it is not steady.
-        round_us: length of one timed round on a GPU, in µs, at least half of it; short rounds would measure the clock.
+        round_us: length of one timed round on a GPU, in µs, at least half of it.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
@@ -198,7 +198,7 @@ class Effort:
     tie: float = 0.005
     steady_interval: float = 1.15
     attempts: int = 4
-    round_us: float = 2_000.0
+    round_us: float = 1_000.0
     cpu_round_us: float = 3_000.0
     warmup_rounds: int = 2
     ring_bytes: int = 160 << 20

@@ -2,12 +2,15 @@
 
 Zones, and results before they are written, hold a byte that is NaN in every floating-point format here, and -1 or the
 largest value as an integer: what a kernel reads beside an input spoils its results.
+
+A look at memory on a GPU is a ``Claim``: many are made before the first is waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -18,7 +21,7 @@ from autofuse.runtime.dispatch import BoundPlan
 from autofuse.tuner.budgets import GUARD_BYTES, GUARD_ROWS, MOST_GUARD_BYTES
 from autofuse.tuner.failures import WrongResult
 
-__all__ = ["GuardedArgs", "GuardedCall", "same_bits"]
+__all__ = ["Claim", "GuardedArgs", "GuardedCall", "insist", "same_bits", "told"]
 
 _NAN_BYTE = 0xFF
 _OTHER_BYTE = 0x5A  # in a second run: whatever neither run wrote differs between them
@@ -26,12 +29,40 @@ _ALIGNMENT = 512  # of CUDA's allocations; a CPU's have less
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+Answer = torch.Tensor | bool
+"""Yes or no; on a GPU one that nobody has waited for yet, without dimensions."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What must hold, and what to say where it does not."""
+
+    holds: Answer
+    otherwise: Callable[[], str]
+
+
+def told(*groups: Sequence[Answer]) -> list[list[bool]]:
+    """The answers, waited for once for all of them."""
+    waiting = [answer for group in groups for answer in group if isinstance(answer, torch.Tensor)]
+    values = iter(torch.stack(waiting).tolist() if waiting else ())
+    return [[next(values) if isinstance(answer, torch.Tensor) else answer for answer in group] for group in groups]
+
+
+def insist(claims: Iterable[Claim], answers: Iterable[bool]) -> None:
+    """Raises WrongResult for the first that does not hold."""
+    for claim, holds in zip(claims, answers, strict=True):
+        if not holds:
+            raise WrongResult(claim.otherwise())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> Answer:
     """Whether two tensors of one dtype and shape are the same bit by bit, NaN included."""
     if a.is_contiguous() and b.is_contiguous() and _is_words(a) and _is_words(b):
-        return torch.equal(a.view(-1).view(torch.int64), b.view(-1).view(torch.int64))  # it goes one by one on a CPU
-    bits = _BITS[a.element_size()]
-    return torch.equal(a.view(bits), b.view(bits))
+        a, b = a.view(-1).view(torch.int64), b.view(-1).view(torch.int64)  # a CPU goes through them one by one
+    else:
+        bits = _BITS[a.element_size()]
+        a, b = a.view(bits), b.view(bits)
+    return torch.equal(a, b) if a.device.type == "cpu" else (a == b).all()
 
 
 def _is_words(tensor: torch.Tensor) -> bool:
@@ -42,13 +73,13 @@ def _is_words(tensor: torch.Tensor) -> bool:
 class GuardedCall:
     """A loaded kernel as a function of the op's arguments, which allocates its results inside guard zones.
 
-    Raises WrongResult where a zone was written to, UnsupportedCall where the arguments do not suit the kernel: nothing
-    but the kernel ever runs.
+    Raises UnsupportedCall where the arguments do not suit the kernel: nothing but the kernel ever runs.
     """
 
     def __init__(self, bound: BoundPlan) -> None:
         self._bound = bound
         self._fills = cycle((_NAN_BYTE, _OTHER_BYTE))
+        self._arenas: list[_Arena] = []
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
         binding = self._bound.binding
@@ -63,9 +94,13 @@ class GuardedCall:
             for index, like in enumerate(likes)
         )
         self._bound.launch(args, results)
-        if where := arena.damage():
-            raise WrongResult(where)
+        self._arenas.append(arena)
         return results
+
+    def take_claims(self) -> list[Claim]:
+        """Of all calls since: no zone was written to."""
+        arenas, self._arenas = self._arenas, []
+        return [Claim(arena.is_whole(), arena.damage) for arena in arenas]
 
 
 class GuardedArgs:
@@ -103,17 +138,15 @@ class GuardedArgs:
             self.args[index].copy_(self._before[index])
         return taken
 
-    def check(self) -> None:
-        """Raises WrongResult where anything is not as it was; then it is so again."""
-        if same_bits(self._arena.buffer, self._copy.buffer):
-            return
-        said = "bytes beside an input were written"
+    def claim(self) -> Claim:
+        """Everything is as it was."""
+        return Claim(same_bits(self._arena.buffer, self._copy.buffer), self._damage)
+
+    def _damage(self) -> str:
         for index, (arg, before) in enumerate(zip(self.args, self._before, strict=True)):
             if isinstance(arg, torch.Tensor) and not same_bits(arg, before):
-                said = f"input {index} was changed"
-                break
-        self.restore()
-        raise WrongResult(said)
+                return f"input {index} was changed"
+        return "bytes beside an input were written"
 
     def restore(self) -> None:
         """Puts everything back to what it was."""
@@ -150,11 +183,13 @@ class _Arena:
         other.buffer = self.buffer.clone()
         return other
 
-    def damage(self) -> str:
-        """Which zone was written to, and where, nearest to its tensor; "" if none."""
+    def is_whole(self) -> Answer:
+        """Whether no zone was written to."""
         zones = [self.buffer[zone] for pair in self._zones for zone in pair]
-        if not zones or not (torch.cat(zones) != self._fill).any():
-            return ""
+        return not zones or (torch.cat(zones) == self._fill).all()
+
+    def damage(self) -> str:
+        """Which zone was written to, and where, nearest to its tensor."""
         for index, (before, after) in enumerate(self._zones):
             beside = f"bytes beside result {index} were written"
             wrong = (self.buffer[after] != self._fill).nonzero()

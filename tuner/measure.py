@@ -119,6 +119,12 @@ class Beside(ABC):
     def __call__(self) -> None:
         """Launches it."""
 
+    @abstractmethod
+    def hold(self) -> None:
+        """Keeps the GPU busy for as long as the host takes to launch a CUDA graph: what is timed begins when that is
+        there, not when the host has begun to bring it.
+        """
+
 
 class Runner(ABC):
     """One function, prepared for timing over a ring of inputs.
@@ -189,6 +195,8 @@ class _CudaRunner(Runner):
         self._lengthen(effort.round_us)
 
     def _time_us(self) -> float:
+        if self._beside is not None:
+            self._beside.hold()
         self._start.record()
         for _ in range(self.repeats):
             self._graph.replay()
