@@ -233,8 +233,9 @@ def write_cache(
             HEAD_DIM, ROPE, HALF_BLOCK, REST_BLOCK, IN_HALVES, FP8_NATIVE,
         )  # fmt: skip
         offset, there = cache_rows(slot, v_cache_blocks, v_cache_block_size, v_cache_block, v_cache_row)
-        # A slot means another row where blocks have another size.
-        written = has_slot & there & (v_cache_block_size == k_cache_block_size) & (columns < HEAD_DIM)
+        # A slot means another row where blocks have another size. (Triton 3.9's interpreter refuses masks of scalars.)
+        same_blocks = tl.zeros_like(slot) + v_cache_block_size == k_cache_block_size
+        written = has_slot & there & same_blocks & (columns < HEAD_DIM)
         out = v_cache_ptr + offset + head * v_cache_head + columns
         tl.store(out, as_stored(v, v_scale, CACHE >= 2, FP8_NATIVE), written)
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from autofuse.ops import OPS, Config, FusedOp, Problem, SearchSpace
+from autofuse.ops import OPS, Config, FusedOp, Problem, SearchSpace, get_op
 from autofuse.ops.space import Constraint, Tunable
+from autofuse.tuner.api import model_buckets
 
 ANY = Problem("any", ())
 
@@ -64,6 +65,40 @@ def test_what_breaks_a_constraint_is_not_completed() -> None:
     space = SearchSpace(tuple(Tunable(name, (1, 2, 3), "") for name in "ABC"), (last, first))
     assert len(list(space.configs(ANY, 1))) == 9
     assert {a for a, _ in seen} == {1}
+
+
+def test_wishes_come_true_together_or_one_after_the_other() -> None:
+    tunables = (Tunable("A", (0, 1), ""), Tunable("B", (0, 1), ""), Tunable("C", (0, 1), ""))
+    space = SearchSpace(tunables, (Constraint("B goes with A", lambda c, p, t: c["B"] <= c["A"]),))
+    plain = Config.of(A=0, B=0, C=0)
+    assert space.towards(plain, {"B": 1, "A": 1}, ANY, 1) == Config.of(A=1, B=1, C=0)  # alone, B would be refused
+    assert space.towards(plain, {"B": 1, "C": 1}, ANY, 1) == Config.of(A=0, B=0, C=1)
+    assert space.towards(plain, {"A": 1, "C": 7}, ANY, 1) == Config.of(A=1, B=0, C=0)
+    assert space.towards(plain, {"X": 1, "A": 1}, ANY, 1) == Config.of(A=1, B=0, C=0)
+    assert space.towards(plain, {}, ANY, 1) == plain
+
+
+TOKENS = (1, 2, 16, 64, 200, 1024, 4096, 8192)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_what_is_tried_first_is_of_the_space_whatever_the_problem(op: FusedOp) -> None:
+    kernel = op.kernel_source("cuda")
+    for problem in op.sweep_problems():
+        for tokens in TOKENS:
+            default, *guessed = kernel.first_configs(problem, tokens)
+            assert default == kernel.default(problem, tokens)
+            assert all(kernel.space.refusal(config, problem, tokens) is None for config in guessed)
+
+
+def test_guesses_for_a_model_are_whole() -> None:
+    for model, tp in (("deepseek-v3", 8), ("deepseek-v3", 1), ("llama-3-8b", 1), ("qwen3-8b", 1)):
+        for bucket in model_buckets(model, TOKENS[2:], tp=tp):
+            kernel = get_op(bucket.problem.op).kernel_source("cuda")
+            assert kernel.guess is not None
+            wishes = kernel.guess(bucket.problem, bucket.tokens)
+            guessed = kernel.first_configs(bucket.problem, bucket.tokens)[-1]
+            assert {name: guessed[name] for name in wishes} == wishes, bucket
 
 
 def test_a_space_without_tunables_has_one_config() -> None:

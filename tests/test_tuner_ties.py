@@ -29,13 +29,15 @@ def measured(times_us: Sequence[float], source: random.Random, noise: float, rou
     return [Timing(tuple(column)) for column in zip(*table, strict=True)]
 
 
-def chosen(times_us: Sequence[float], seed: int, noise: float = 0.01, tie: float = 0.005) -> Config:
+def chosen(
+    times_us: Sequence[float], seed: int, noise: float = 0.01, tie: float = 0.005, widest_tie: float = 0.015
+) -> Config:
     """By a tuning of its own, which has its finalists in an order of its own."""
     source = random.Random(seed)
     order = list(zip((UNROLLED, ODD, PLAIN, WIDE), times_us, strict=True))
     source.shuffle(order)
     timings = measured([time_us for _, time_us in order], source, noise)
-    return choose([config for config, _ in order], timings, [SPACE], tie)
+    return choose([config for config, _ in order], timings, [SPACE], tie, widest_tie)
 
 
 def test_simpler_is_nearer_to_the_ordinary_values() -> None:
@@ -57,6 +59,17 @@ def test_a_difference_that_is_clear_beats_simplicity() -> None:
 def test_a_difference_that_is_small_but_clear_in_one_process_is_still_a_tie() -> None:
     assert all(chosen((10.0, 10.5, 10.03, 10.5), seed, noise=0.0001) == PLAIN for seed in range(50))
     assert all(chosen((10.0, 10.5, 10.03, 10.5), seed, noise=0.0001, tie=0.0) == UNROLLED for seed in range(50))
+
+
+def test_what_is_slow_in_most_rounds_ties_with_nothing_however_noisy_that_makes_it() -> None:
+    """At one of three addresses the simpler config is as fast; at the others it takes 5 % longer."""
+    for places in ((1.0, 1.05, 1.05), (1.05, 1.0, 1.05), (1.05, 1.05, 1.0)):
+        source = random.Random(0)
+        steady = [10.0 * source.lognormvariate(0.0, 0.001) for _ in range(25)]
+        moody = [10.0 * places[round_ % 3] * source.lognormvariate(0.0, 0.001) for round_ in range(25)]
+        timings = [Timing(tuple(steady)), Timing(tuple(moody))]
+        assert choose([ODD, PLAIN], timings, [SPACE], 0.005, 0.015) == ODD
+        assert choose([ODD, PLAIN], timings, [SPACE], 0.005, 0.06) == PLAIN
 
 
 def test_what_is_simpler_but_slower_beyond_the_noise_stays_out() -> None:

@@ -80,7 +80,7 @@ LONGEST_PAUSE_S = 60.0
 OTHERS_SHARE = 0.1
 """A CPU was busy if other processes had more than this share of its cores during a measurement."""
 
-LANES = {"cpu": 1, "cuda": 4, "hip": 4}
+LANES = {"cpu": 1, "cuda": 5, "hip": 5}
 """Kind of target → how many buckets are tuned at a time on one device. They take turns on it: while one is measured,
 others compile. On a CPU both are work for the same cores."""
 
@@ -165,7 +165,8 @@ class Effort:
         final_rounds: interleaved rounds to choose it, and as many fresh ones of it and the baselines, from which its
             time and the gain's interval come.
         places: on a GPU, the rounds that choose it are spread over so many rings of inputs, at other addresses.
-        tie: finalists whose times differ by less than this share, or by less than the noise, are equally good.
+        tie: finalists whose times differ by less than this share, or by less than the noise, are equally good,
+        widest_tie: but none that takes longer by more than this share.
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
             it is not steady.
@@ -196,6 +197,7 @@ class Effort:
     final_rounds: int = 25
     places: int = 3
     tie: float = 0.005
+    widest_tie: float = 0.015
     steady_interval: float = 1.15
     attempts: int = 4
     round_us: float = 1_000.0

@@ -291,8 +291,8 @@ class _BucketTuning:
         return self._database.trials(self._target, self._problem, self._tokens, *self._sources)
 
     def _first_configs(self) -> list[Config]:
-        """The defaults, what was imported for this bucket, and what won in what is most like it: with other sources, at
-        other T, for other problems of the op, on other devices of this kind.
+        """The defaults and what is likely fast, what was imported for this bucket, and what won in what is most like
+        it: with other sources, at other T, for other problems of the op, on other devices of this kind.
         """
 
         def unlike(winner: Winner) -> tuple[int, float]:
@@ -302,11 +302,9 @@ class _BucketTuning:
             return others + (winner.target != self._target), ratio
 
         winners = [w for w in self._database.winners(op=self._op.name) if w.target.kind == self._target.kind]
-        defaults = [kernel.default(self._problem, self._tokens) for kernel in self._kernels]
-        configs = dict.fromkeys(
-            [*defaults, *self._imported(), *(winner.config for winner in sorted(winners, key=unlike))]
-        )
-        return list(configs)[: len(defaults) + self._effort.priors]
+        ours = [config for kernel in self._kernels for config in kernel.first_configs(self._problem, self._tokens)]
+        configs = dict.fromkeys([*ours, *self._imported(), *(winner.config for winner in sorted(winners, key=unlike))])
+        return list(configs)[: len(ours) + self._effort.priors]
 
     def _imported(self) -> list[Config]:
         return imported(self._database, self._target, self._bucket, self._effort)
@@ -449,7 +447,7 @@ class _BucketTuning:
         timings = self._bench.interleave(configs, effort.final_rounds, seed=0, places=effort.places).timings
         for config, timing in zip(configs, timings, strict=True):
             _check_times(config, timing)
-        return choose(configs, timings, [kernel.space for kernel in self._kernels], effort.tie)
+        return choose(configs, timings, [kernel.space for kernel in self._kernels], effort.tie, effort.widest_tie)
 
     def _baselines(self) -> list[str]:
         try:

@@ -15,24 +15,33 @@ from autofuse.tuner.measure import Timing, gain
 __all__ = ["choose", "simplicity"]
 
 
-def choose(configs: Sequence[Config], timings: Sequence[Timing], spaces: Sequence[SearchSpace], tie: float) -> Config:
+def choose(
+    configs: Sequence[Config],
+    timings: Sequence[Timing],
+    spaces: Sequence[SearchSpace],
+    tie: float,
+    widest_tie: float,
+) -> Config:
     """The simplest of those that tie with the fastest; of several languages, one in the first.
 
     A config ties with the fastest if the 95 % interval of the ratio of their times, over paired rounds, begins at
-    1 + ``tie`` or below.
+    1 + ``tie`` or below, and their median is 1 + ``widest_tie`` or below.
 
     Args:
         timings: of ``configs``, in paired rounds.
         spaces: of the kernel in each of its languages.
         tie: the share by which processes differ that time the same kernel (addresses, clocks); the rounds of one
             process do not know of it.
+        widest_tie: what a tie may cost. A config that is slow on every second round, or at two of three addresses, has
+            an interval that begins where it is fast.
     """
     fastest = min(timings, key=lambda timing: timing.median_us)
-    level = [
-        config
-        for config, timing in zip(configs, timings, strict=True)
-        if timing is fastest or gain(timing, fastest).low <= 1.0 + tie
-    ]
+
+    def ties(timing: Timing) -> bool:
+        ratio = gain(timing, fastest)
+        return ratio.low <= 1.0 + tie and ratio.median <= 1.0 + widest_tie
+
+    level = [config for config, timing in zip(configs, timings, strict=True) if timing is fastest or ties(timing)]
     return min(level, key=lambda config: _simplicity_in(spaces, config))
 
 

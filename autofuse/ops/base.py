@@ -46,16 +46,27 @@ class KernelSource:
         file: in ``kernels_src``: C++, or Python for Triton.
         space: its tunables.
         default: what runs where nobody has tuned: sound everywhere, best nowhere.
+        guess: where it differs from what is likely fast, by the winners of tunings; a GPU may not even run that. None
+            where nobody knows.
     """
 
     file: str
     space: SearchSpace
     default: Callable[[Problem, int], Config]
+    guess: Callable[[Problem, int], Mapping[str, int]] | None = None
 
     @property
     def language(self) -> str:
         """``c++`` or ``triton``."""
         return TRITON if self.file.endswith(".py") else CPP
+
+    def first_configs(self, problem: Problem, tokens: int) -> list[Config]:
+        """What a tuner tries before anything else: the default, and the guess as far as the space allows it."""
+        default = self.default(problem, tokens)
+        if self.guess is None:
+            return [default]
+        guessed = self.space.towards(default, self.guess(problem, tokens), problem, tokens)
+        return list(dict.fromkeys([default, guessed]))
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,16 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
     return wide if _whole_units(wide, problem, tokens) else config
 
 
+def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if problem.int("norm"):
+        return {"PDL": 1, "READ_ONCE": int(tokens > 32), "PREFETCH": 1}
+    if tokens <= 32:
+        return {"PDL": 1, "LOADS": 2, "SPREAD": 1}
+    if tokens <= 128:
+        return {"PDL": 1, "LOADS": 2, "READ_ONCE": 1, "PREFETCH": 2}
+    return {"PDL": 1, "LOADS": 2, "SPREAD": 1, "READ_ONCE": 1, "PREFETCH": 4, "X_WARPS": 8}
+
+
 def _hip_default(problem: Problem, tokens: int) -> Config:
     config = _gpu_default(problem, tokens)
     if problem.int("norm"):  # half the warps of 32 lanes, twice as wide
@@ -219,7 +229,7 @@ class Fp8GroupQuant(FusedOp):
     )
     shared = (_SCALE,)
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("fp8_group_quant.cu", _GPU_SPACE, _gpu_default),
+        "cuda": KernelSource("fp8_group_quant.cu", _GPU_SPACE, _gpu_default, _cuda_guess),
         "hip": KernelSource("fp8_group_quant.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("fp8_group_quant.cpp", _CPU_SPACE, _cpu_default),
     }

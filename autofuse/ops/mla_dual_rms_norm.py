@@ -19,7 +19,16 @@ from autofuse.ops.space import Constraint, SearchSpace, Tunable
 from autofuse.ops.triton import NUM_WARPS, PDL, READ_ONCE, VEC_BYTES, on_amd, power_of_two, triton_spec
 from autofuse.targets import KernelSpec
 
-__all__ = ["CPU_SPACE", "GPU_SPACE", "HIP_SPACE", "MlaDualRmsNorm", "cpu_default", "gpu_default", "hip_default"]
+__all__ = [
+    "CPU_SPACE",
+    "GPU_SPACE",
+    "HIP_SPACE",
+    "MlaDualRmsNorm",
+    "cpu_default",
+    "cuda_guess",
+    "gpu_default",
+    "hip_default",
+]
 
 _WARP = 32
 _MAX_THREADS = 1024
@@ -204,6 +213,17 @@ def gpu_default(problem: Problem, tokens: int) -> Config:
     )
 
 
+def cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if tokens <= 32:
+        return {"PDL": 1, "VEC_BYTES": 8}
+    early = {"PDL": 1, "READ_ONCE": 1}
+    if tokens <= 512:
+        return {**early, "PREFETCH": 1}
+    if tokens <= 2048:
+        return {**early, "PREFETCH": 2, "ROWS": 2}
+    return {**early, "PREFETCH": 2, "ROWS": 3, "Q_WARPS": 3, "KV_WARPS": 1}
+
+
 def hip_default(problem: Problem, tokens: int) -> Config:
     # Half the warps of 32 lanes, twice as wide.
     config = gpu_default(problem, tokens)
@@ -253,7 +273,7 @@ class MlaDualRmsNorm(FusedOp):
         'bool cast_before_weight, str plan="") -> (Tensor, Tensor)'
     )
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_dual_rms_norm.cu", GPU_SPACE, gpu_default),
+        "cuda": KernelSource("mla_dual_rms_norm.cu", GPU_SPACE, gpu_default, cuda_guess),
         "hip": KernelSource("mla_dual_rms_norm.cu", HIP_SPACE, hip_default),
         "cpu": KernelSource("mla_dual_rms_norm.cpp", CPU_SPACE, cpu_default),
     }

@@ -53,6 +53,13 @@ class _Norms(MlaDualRmsNorm):
 _NORMS = _Norms()
 
 
+def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if tokens <= 512:
+        return {"PDL": 1, "PREFETCH": 1, "READ_ONCE": int(tokens > 32)}
+    halves = {"PDL": 1, "READ_ONCE": 1, "PREFETCH": 2, "ROWS": 2, "Q_WARPS": 3, "KV_WARPS": 1}
+    return halves if tokens <= 2048 else {**halves, "PREFETCH": 1, "UNROLL": 2}
+
+
 class MlaDualRmsNormQuant(FusedOp):
     """``mla_dual_rms_norm`` whose normed q latent is rounded to the model's dtype, then quantised for an FP8 q_b_proj.
 
@@ -73,7 +80,7 @@ class MlaDualRmsNormQuant(FusedOp):
         'bool cast_before_weight, int group, bool ue8m0, int layout, str plan="") -> (Tensor, Tensor, Tensor)'
     )
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_dual_rms_norm_quant.cu", _with_widest_vectors(GPU_SPACE), gpu_default),
+        "cuda": KernelSource("mla_dual_rms_norm_quant.cu", _with_widest_vectors(GPU_SPACE), gpu_default, _cuda_guess),
         "hip": KernelSource("mla_dual_rms_norm_quant.cu", _with_widest_vectors(HIP_SPACE), hip_default),
         "cpu": KernelSource("mla_dual_rms_norm_quant.cpp", CPU_SPACE, cpu_default),
     }

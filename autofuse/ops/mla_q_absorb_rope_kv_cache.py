@@ -168,6 +168,19 @@ def _cuda_default(problem: Problem, tokens: int) -> Config:
     return Config.of(rope, STAGED=0, THREADS=32 * warps, W_COLUMNS=_MOST_COLUMNS, TOKENS=_WARP_ROWS, EARLY=0)
 
 
+def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    early = {"PDL": 1, "EARLY": int(_w_is_constant(problem))}
+    staged = {**early, "STAGED": 1, "THREADS": 128, "TOKENS": 64, "W_COLUMNS": 64}
+    if tokens <= 128:
+        return staged
+    if tokens <= 512:
+        return {**staged, "PDL": 2, "W_COLUMNS": 128}
+    many = {**staged, "W_COLUMNS": 256, "UNROLL": 4}
+    if tokens <= 2048:
+        return {**many, "PREFETCH": 2, "THREADS": 256, "TOKENS": 128}
+    return {**many, "PREFETCH": 4, "THREADS": 512, "TOKENS": 512}
+
+
 def _hip_default(problem: Problem, tokens: int) -> Config:
     fixed = {name: value for name, (value, _) in _HIP_FIXED.items()}
     return Config.of(_cuda_default(problem, tokens), **fixed, THREADS=64)
@@ -209,7 +222,7 @@ class MlaQAbsorbRopeKvCache(FusedOp):
     mutates = tuple(index + 1 for index in _ROPE.mutates)
     shared = tuple(index + 1 for index in _ROPE.shared)
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_q_absorb_rope_kv_cache.cu", _GPU_SPACE, _cuda_default),
+        "cuda": KernelSource("mla_q_absorb_rope_kv_cache.cu", _GPU_SPACE, _cuda_default, _cuda_guess),
         "hip": KernelSource("mla_q_absorb_rope_kv_cache.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("mla_q_absorb_rope_kv_cache.cpp", _CPU_SPACE, _cpu_default),
     }

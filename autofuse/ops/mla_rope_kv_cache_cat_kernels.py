@@ -200,6 +200,17 @@ def gpu_default(problem: Problem, tokens: int) -> Config:
     raise UnsupportedCall(f"{problem}: its widths are no whole number of 4-byte vectors")
 
 
+def cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    heads, cache = tokens * problem.int("heads"), kind_of_cache(problem)
+    if heads <= 512:
+        few = {"PDL": 1, "VEC_BYTES": 8}
+        return {**few, "CHUNK": 1, "THREADS": 512} if cache.code and tokens > 1 else few
+    if heads > 1 << 15:  # more bytes than the L2 holds
+        return {"PDL": 2, "PREFETCH": 4}
+    many = {"PDL": 1, "PREFETCH": 4, "READ_ONCE": 1}
+    return {**many, "CHUNK": 1024} if cache.apart and tokens > 128 else many
+
+
 def _hip_default(problem: Problem, tokens: int) -> Config:
     return Config.of(gpu_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
 
@@ -209,7 +220,7 @@ def _cpu_default(problem: Problem, tokens: int) -> Config:
 
 
 KERNELS = {
-    "cuda": KernelSource("mla_rope_kv_cache_cat.cu", GPU_SPACE, gpu_default),
+    "cuda": KernelSource("mla_rope_kv_cache_cat.cu", GPU_SPACE, gpu_default, cuda_guess),
     "hip": KernelSource("mla_rope_kv_cache_cat.cu", _HIP_SPACE, _hip_default),
     "cpu": KernelSource("mla_rope_kv_cache_cat.cpp", _CPU_SPACE, _cpu_default),
 }

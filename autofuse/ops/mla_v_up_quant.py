@@ -235,6 +235,18 @@ def _cuda_default(problem: Problem, tokens: int) -> Config:
     return config if fits else _direct_default(problem, tokens)
 
 
+def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    staged = {"STAGED": 1, "PDL": 1, "WARPS": 1, "TOKENS": 64}
+    if tokens <= 128:
+        early = int(_w_is_constant(problem))
+        return {**staged, "STAGES": 4, "TILES": 2, "CLUSTER": 4, "EARLY": early, "PREFETCH": 2}
+    if tokens <= 512:
+        return {**staged, "STAGES": 8, "CLUSTER": 2}
+    if tokens <= 2048:
+        return {**staged, "STAGES": 4, "WARPS": 2, "TOKENS": 128}
+    return {**staged, "STAGES": 3, "TILES": 2, "WARPS": 2, "TOKENS": 512 if tokens <= 4096 else 1024}
+
+
 def _hip_default(problem: Problem, tokens: int) -> Config:
     return Config.of(_direct_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
 
@@ -277,7 +289,7 @@ class MlaVUpQuant(FusedOp):
     )
     shared = (_SCALE,)
     kernels = {  # noqa: RUF012 (a ClassVar of the base class)
-        "cuda": KernelSource("mla_v_up_quant.cu", _GPU_SPACE, _cuda_default),
+        "cuda": KernelSource("mla_v_up_quant.cu", _GPU_SPACE, _cuda_default, _cuda_guess),
         "hip": KernelSource("mla_v_up_quant.cu", _HIP_SPACE, _hip_default),
         "cpu": KernelSource("mla_v_up_quant.cpp", _CPU_SPACE, _cpu_default),
     }

@@ -160,6 +160,12 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
     return Config.of(THREADS=256, UNROLL=1, VEC_BYTES=widest_vector(problem), READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
 
 
+def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if tokens <= 32:
+        return {"PDL": 1, "THREADS": 128, "VEC_BYTES": 8}
+    return {"PDL": 1, "THREADS": 128, "READ_ONCE": 1, "PREFETCH": 2 if tokens > 512 else 0}
+
+
 def _hip_default(problem: Problem, tokens: int) -> Config:
     return Config.of(_gpu_default(problem, tokens), **{name: value for name, (value, _) in _HIP_FIXED.items()})
 
@@ -169,7 +175,7 @@ def _cpu_default(problem: Problem, tokens: int) -> Config:
 
 
 KERNELS = {
-    "cuda": KernelSource("rope_kv_cache.cu", _GPU_SPACE, _gpu_default),
+    "cuda": KernelSource("rope_kv_cache.cu", _GPU_SPACE, _gpu_default, _cuda_guess),
     "hip": KernelSource("rope_kv_cache.cu", _HIP_SPACE, _hip_default),
     "cpu": KernelSource("rope_kv_cache.cpp", _CPU_SPACE, _cpu_default),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autofuse.ops.problem import Config, Problem
@@ -60,6 +60,19 @@ class SearchSpace:
             if not constraint.holds(config, problem, tokens):
                 return constraint.reason
         return None
+
+    def towards(self, config: Config, wishes: Mapping[str, int], problem: Problem, tokens: int) -> Config:
+        """``config`` with other values, if it is a point of this space then; else with those of them that leave it one,
+        tried one after the other.
+        """
+        whole = Config.of(config, **wishes)
+        if self.refusal(whole, problem, tokens) is None:
+            return whole
+        for name, value in wishes.items():
+            changed = Config.of(config, **{name: value})
+            if self.refusal(changed, problem, tokens) is None:
+                config = changed
+        return config
 
     def configs(self, problem: Problem, tokens: int) -> Iterator[Config]:
         """All configs that meet the constraints, in a fixed order.

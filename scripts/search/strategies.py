@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from autofuse.ops import OPS, Config
+from autofuse.targets import Target
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.search import ModelSearch, grid_size
 from search.recorded import Recorded
@@ -25,12 +26,20 @@ _ASKS = 40  # that may repeat, or miss the constraints, for one config that coun
 
 def autofuse(recorded: Recorded, trials: int, seed: int) -> Iterator[Config]:
     """Our search as a tuning with an empty database does it."""
-    yield from _ours(recorded, trials, seed, [recorded.default])
+    yield from _ours(recorded, trials, seed, _first_configs(recorded))
 
 
 def without_default(recorded: Recorded, trials: int, seed: int) -> Iterator[Config]:
-    """The same, but that it is not told the op's default config either: what the others know."""
+    """The same, but that it is told neither the op's default config nor its guess: what the others know."""
     yield from _ours(recorded, trials, seed, [])
+
+
+def _first_configs(recorded: Recorded) -> list[Config]:
+    """The default, and what the op takes for likely fast, where that was measured."""
+    kind = Target.parse(recorded.target).kind
+    kernels = OPS[recorded.problem.op].kernel_sources(kind) if recorded.problem.op in OPS else ()
+    likely = [config for kernel in kernels for config in kernel.first_configs(recorded.problem, recorded.tokens)]
+    return [recorded.default, *(config for config in likely if config in recorded.outcomes)]
 
 
 def _ours(recorded: Recorded, trials: int, seed: int, first: list[Config]) -> Iterator[Config]:
