@@ -83,22 +83,23 @@ TOKENS = (1, 2, 16, 64, 200, 1024, 4096, 8192)
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_what_is_tried_first_is_of_the_space_whatever_the_problem(op: FusedOp) -> None:
-    kernel = op.kernel_source("cuda")
-    for problem in op.sweep_problems():
-        for tokens in TOKENS:
-            default, *guessed = kernel.first_configs(problem, tokens)
-            assert default == kernel.default(problem, tokens)
-            assert all(kernel.space.refusal(config, problem, tokens) is None for config in guessed)
+    kernels = [op.kernels["cuda"], *(kernel for kind, kernel in op.triton_kernels.items() if kind == "cuda")]
+    for kernel, problem, tokens in itertools.product(kernels, op.sweep_problems(), TOKENS):
+        default, *guessed = kernel.first_configs(problem, tokens)
+        assert default == kernel.default(problem, tokens)
+        assert all(kernel.space.refusal(config, problem, tokens) is None for config in guessed)
 
 
 def test_guesses_for_a_model_are_whole() -> None:
     for model, tp in (("deepseek-v3", 8), ("deepseek-v3", 1), ("llama-3-8b", 1), ("qwen3-8b", 1)):
         for bucket in model_buckets(model, TOKENS[2:], tp=tp):
-            kernel = get_op(bucket.problem.op).kernel_source("cuda")
-            assert kernel.guess is not None
-            wishes = kernel.guess(bucket.problem, bucket.tokens)
-            guessed = kernel.first_configs(bucket.problem, bucket.tokens)[-1]
-            assert {name: guessed[name] for name in wishes} == wishes, bucket
+            op = get_op(bucket.problem.op)
+            for kernel in (op.kernels["cuda"], op.triton_kernels.get("cuda")):
+                if kernel is not None:
+                    assert kernel.guess is not None
+                    wishes = kernel.guess(bucket.problem, bucket.tokens)
+                    guessed = kernel.first_configs(bucket.problem, bucket.tokens)[-1]
+                    assert {name: guessed[name] for name in wishes} == wishes, (bucket, kernel.file)
 
 
 def test_a_space_without_tunables_has_one_config() -> None:

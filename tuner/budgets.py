@@ -80,7 +80,7 @@ LONGEST_PAUSE_S = 60.0
 OTHERS_SHARE = 0.1
 """A CPU was busy if other processes had more than this share of its cores during a measurement."""
 
-LANES = {"cpu": 1, "cuda": 5, "hip": 5}
+LANES = {"cpu": 1, "cuda": 4, "hip": 4}
 """Kind of target → how many buckets are tuned at a time on one device. They take turns on it: while one is measured,
 others compile. On a CPU both are work for the same cores."""
 
@@ -152,9 +152,9 @@ class Effort:
         fewest_trials: so many at least, before a search may end for what it expects.
         settled: it ends, but for ``polish`` trials, when no config is expected to beat the best by this share.
         polish: of the trials, so many at the end are configs that differ from the best in one tunable, as long as there
-            are such. None in Triton, nor where a kernel in another language is faster by ``race_margin``.
-        triton_fewest, triton_settled: the same of the search among kernels in Triton, which take their compiler a
-            second each and know what the kernel in C++ reaches.
+            are such. None where a kernel in another language is faster by ``race_margin``.
+        triton_fewest, triton_settled, triton_polish: the same of the search among kernels in Triton, which take their
+            compiler a second each and know what the kernel in C++ reaches.
         priors: winners of other buckets, problems and devices that are tried before anything else.
         startup_trials: of these, before a model proposes any: what is tried first, and the rest at random.
         batch: configs that are proposed at once, so that they compile side by side.
@@ -185,8 +185,9 @@ class Effort:
     fewest_trials: int = 60
     settled: float = 0.0001
     polish: int = 12
-    triton_fewest: int = 16
+    triton_fewest: int = 20
     triton_settled: float = 0.003
+    triton_polish: int = 8
     priors: int = 4
     startup_trials: int = 10
     batch: int = 4
@@ -217,6 +218,7 @@ EFFORTS = {
         settled=0.003,
         polish=6,
         triton_fewest=8,
+        triton_polish=0,
         triton_settled=0.01,
         trial_rounds=5,
         final_rounds=15,

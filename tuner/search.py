@@ -207,8 +207,13 @@ def search_for(
     for kernel in kernels:
         share = effort
         if kernel.language == TRITON:
-            fewest, settled = effort.triton_fewest, effort.triton_settled
-            share = replace(effort, batch=2 * effort.batch, fewest_trials=fewest, settled=settled, polish=0)
+            share = replace(
+                effort,
+                batch=2 * effort.batch,
+                fewest_trials=effort.triton_fewest,
+                settled=effort.triton_settled,
+                polish=effort.triton_polish,
+            )
         mine = {config: time_us for config, time_us in known.items() if language_of(config) == kernel.language}
         searches[kernel.language] = search_in(
             kernel.space, problem, tokens, mine, first, share, seed, wanted, described

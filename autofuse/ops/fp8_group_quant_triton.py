@@ -69,8 +69,15 @@ def _default(problem: Problem, tokens: int) -> Config:
     return Config.of(TRITON=1, ROWS=rows, NUM_WARPS=warps, READ_ONCE=0, PDL=0)
 
 
+def _guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if problem.int("norm"):
+        return {"PDL": 1}
+    rows, warps = (1, 4) if tokens <= 8 else (8, 8)
+    return {"PDL": 1, "ROWS": rows, "NUM_WARPS": warps, "READ_ONCE": int(tokens > 32)}
+
+
 TRITON_KERNELS = {
-    "cuda": KernelSource("fp8_group_quant.py", _SPACE, _default),
+    "cuda": KernelSource("fp8_group_quant.py", _SPACE, _default, _guess),
     "hip": on_amd(KernelSource("fp8_group_quant.py", _SPACE, _default)),
 }
 

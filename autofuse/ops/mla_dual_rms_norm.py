@@ -244,6 +244,14 @@ def triton_default(problem: Problem, tokens: int) -> Config:
     return Config.of(plain, NUM_WARPS=warps, VEC_BYTES=vec_bytes)
 
 
+def triton_guess(problem: Problem, tokens: int) -> dict[str, int]:
+    if tokens <= 32:
+        return {"PDL": 1, "NUM_WARPS": 8}
+    if tokens <= 512:
+        return {"PDL": 1, "NUM_WARPS": 2, "READ_ONCE": 1}
+    return {"PDL": 2, "NUM_WARPS": 2, "Q_ROWS": 2, "KV_ROWS": 4, "READ_ONCE": 1}
+
+
 def cpu_default(problem: Problem, tokens: int) -> Config:
     threads = 1 if tokens <= 32 else most_threads(tokens)
     return Config.of(THREADS=threads, SERIAL_ROWS=0, TASK_ROWS=1, UNROLL=2, VECTOR_BYTES=32)
@@ -279,7 +287,7 @@ class MlaDualRmsNorm(FusedOp):
     }
 
     triton_kernels = {  # noqa: RUF012
-        "cuda": KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default),
+        "cuda": KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default, triton_guess),
         "hip": on_amd(KernelSource("mla_dual_rms_norm.py", TRITON_SPACE, triton_default)),
     }
 

@@ -78,8 +78,16 @@ def _default(problem: Problem, tokens: int) -> Config:
     return Config.of(plain, NUM_WARPS=warps, VEC_BYTES=16 if _whole_vectors(plain, problem, tokens) else 4)
 
 
+def _guess(problem: Problem, tokens: int) -> dict[str, int]:
+    wide, heads = problem.int("nope_dim") > 256, tokens * problem.int("heads")
+    if heads <= 512:
+        return {"PDL": 1, "NUM_WARPS": 4, "Q_ROWS": 1 if wide else 4, "KV_ROWS": 1}
+    once = int(heads <= 1 << 15)  # the L2 holds no more bytes
+    return {"PDL": 1, "NUM_WARPS": 4, "Q_ROWS": 4 if wide else 8, "KV_ROWS": 4, "READ_ONCE": once}
+
+
 TRITON_KERNELS = {
-    "cuda": KernelSource("mla_rope_kv_cache_cat.py", _SPACE, _default),
+    "cuda": KernelSource("mla_rope_kv_cache_cat.py", _SPACE, _default, _guess),
     "hip": on_amd(KernelSource("mla_rope_kv_cache_cat.py", _SPACE, _default)),
 }
 

@@ -72,8 +72,12 @@ def _default(problem: Problem, tokens: int) -> Config:
     return next(config for config in fitting if _whole_columns(config, problem, tokens))
 
 
+def _guess(problem: Problem, tokens: int) -> dict[str, int]:
+    return {"PDL": 1, "NUM_STAGES": 4, "TOKENS": 64 if tokens > 32 else 16, "NUM_WARPS": 8 if tokens > 32 else 4}
+
+
 TRITON_KERNELS = {
-    "cuda": KernelSource("mla_v_up_quant.py", _SPACE, _default),
+    "cuda": KernelSource("mla_v_up_quant.py", _SPACE, _default, _guess),
     "hip": on_amd(KernelSource("mla_v_up_quant.py", _SPACE, _default)),
 }
 

@@ -87,8 +87,12 @@ def _default(problem: Problem, tokens: int) -> Config:
     return Config.of(plain, NUM_WARPS=warps, VEC_BYTES=16 if _whole_vectors(plain, problem, tokens) else 4)
 
 
+def _guess(problem: Problem, tokens: int) -> dict[str, int]:
+    return {"PDL": 1, "NUM_WARPS": 4, "Q_ROWS": 4, "KV_ROWS": 4 if tokens > 1 else 1, "READ_ONCE": int(tokens > 32)}
+
+
 TRITON_KERNELS = {
-    "cuda": KernelSource("rope_kv_cache.py", _SPACE, _default),
+    "cuda": KernelSource("rope_kv_cache.py", _SPACE, _default, _guess),
     "hip": on_amd(KernelSource("rope_kv_cache.py", _SPACE, _default)),
 }
 
