@@ -77,9 +77,11 @@ def test_rows_of_other_searches_stay_in_the_file(tmp_path: Path) -> None:
 
 def test_the_table_says_where_not_every_seed_got_there() -> None:
     recorded = space()
-    row = {"space": recorded.name, "problem": str(recorded.problem), "seeds": 3, "trials": 12}
+    row = {"target": recorded.target, "space": recorded.name, "problem": str(recorded.problem)}
+    row |= {"seeds": 3, "trials": 12}
     found = {**row, "strategy": "luck", "median_trials": 5, "reached": 1.0}
     missed = {**row, "strategy": "grid", "median_trials": None, "reached": 1 / 3}
-    header, _, line = markdown([found, missed], [recorded]).splitlines()
+    elsewhere = {**found, "target": "cpu:x86-64-v4:another", "median_trials": 6}
+    header, _, line = markdown([found, missed, elsewhere], [recorded]).splitlines()
     assert header.endswith("| luck, 3 seeds | grid, 3 seeds |")
     assert line.endswith("| 5 | > 12 (33%) |")

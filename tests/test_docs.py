@@ -179,6 +179,5 @@ def test_the_table_of_ways_of_timing_is_the_recorded_one() -> None:
 
 def test_the_table_of_searches_is_the_recorded_one() -> None:
     text = bench_search.DOCUMENT.read_text(encoding="utf-8")
-    rows = json.loads(bench_search.RESULTS.read_text(encoding="utf-8"))
-    table = bench_search.markdown(rows, bench_search.loaded([bench_search.FOLDER]))
+    table = bench_search.markdown(bench_search.recorded_rows(), bench_search.loaded([bench_search.FOLDER]))
     assert replace_generated(text, table, bench_search.BEGIN) == text, "run scripts/bench_search.py --markdown"

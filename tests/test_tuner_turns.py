@@ -163,7 +163,7 @@ def test_no_more_at_a_time_than_there_is_memory_for(monkeypatch: pytest.MonkeyPa
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(devices_module, "usable_cores", lambda: 64)
     monkeypatch.setattr(devices_module, "target_of", lambda device: Target("cuda", "sm_90a", "a GPU"))
-    for gigabytes, used, each in ((4, 0, 1), (24, 0, 3), (141, 0, 4), (141, 124, 2), (141, None, 4)):
+    for gigabytes, used, each in ((4, 0, 1), (24, 0, 3), (141, 0, 5), (141, 124, 2), (141, None, 5)):
         properties = SimpleNamespace(total_memory=gigabytes << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
         if used is None:  # no library to ask

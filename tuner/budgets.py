@@ -80,7 +80,7 @@ LONGEST_PAUSE_S = 60.0
 OTHERS_SHARE = 0.1
 """A CPU was busy if other processes had more than this share of its cores during a measurement."""
 
-LANES = {"cpu": 1, "cuda": 4, "hip": 4}
+LANES = {"cpu": 1, "cuda": 5, "hip": 5}
 """Kind of target → how many buckets are tuned at a time on one device. They take turns on it: while one is measured,
 others compile. On a CPU both are work for the same cores."""
 

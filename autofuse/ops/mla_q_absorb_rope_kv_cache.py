@@ -172,7 +172,8 @@ def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
     early = {"PDL": 1, "EARLY": int(_w_is_constant(problem))}
     staged = {**early, "STAGED": 1, "THREADS": 128, "TOKENS": 64, "W_COLUMNS": 64}
     if tokens <= 128:
-        return staged
+        few = {"W_COLUMNS": 32} if 2 <= tokens <= 32 else {}
+        return {**staged, **few, "VEC_BYTES": 8 if tokens <= 8 else 16}
     if tokens <= 512:
         return {**staged, "PDL": 2, "W_COLUMNS": 128}
     many = {**staged, "W_COLUMNS": 256, "UNROLL": 4}
