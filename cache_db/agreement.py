@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from autofuse.cache_db.lines import Content
 from autofuse.cache_db.records import Trial, Winner
 from autofuse.cache_db.rows import key_of
+from autofuse.cache_db.software import timed_alike
+from autofuse.cache_db.store import Provenance
 
 __all__ = ["CLOSE", "Agreement", "Pair", "agreement", "pairs"]
 
@@ -27,6 +29,7 @@ class Pair:
     Attributes:
         in_a, in_b: that ratio by A's trials and by B's; None where a file did not time both.
         failed: what speaks against a winner in the other file: the status of its trial there, if that failed.
+        timed_alike: whether both were timed in one way; else their times say nothing of each other.
     """
 
     a: Winner
@@ -34,6 +37,7 @@ class Pair:
     in_a: float | None = None
     in_b: float | None = None
     failed: tuple[str, ...] = ()
+    timed_alike: bool = True
 
     @property
     def ratio(self) -> float:
@@ -79,8 +83,9 @@ class Agreement:
 
     Attributes:
         buckets: how many there are.
-        close_times: of how many the times are within ``CLOSE`` of each other.
-        worst_time: the pair whose times differ most; None of none.
+        timed_alike: of how many the times can be compared.
+        close_times: of how many of these the times are within ``CLOSE`` of each other.
+        worst_time: the one of these whose times differ most; None of none.
         same_configs: of how many both have one config.
         compared: how many others have been compared within a file.
         close_configs: of how many of these the configs are within ``CLOSE`` of each other.
@@ -90,6 +95,7 @@ class Agreement:
     """
 
     buckets: int
+    timed_alike: int
     close_times: int
     worst_time: Pair | None
     same_configs: int
@@ -109,11 +115,13 @@ def pairs(here: Content, there: Content) -> list[Pair]:
 
 def agreement(found: Sequence[Pair]) -> Agreement:
     """Sums pairs up."""
+    comparable = [pair for pair in found if pair.timed_alike]
     compared = [pair for pair in found if not pair.same_config and pair.config_ratio is not None]
     return Agreement(
         buckets=len(found),
-        close_times=sum(_apart(pair.ratio) <= 1 + CLOSE for pair in found),
-        worst_time=max(found, key=lambda pair: _apart(pair.ratio), default=None),
+        timed_alike=len(comparable),
+        close_times=sum(_apart(pair.ratio) <= 1 + CLOSE for pair in comparable),
+        worst_time=max(comparable, key=lambda pair: _apart(pair.ratio), default=None),
         same_configs=sum(pair.same_config for pair in found),
         compared=len(compared),
         close_configs=sum(_apart(pair.config_ratio) <= 1 + CLOSE for pair in compared),
@@ -129,6 +137,10 @@ class _Rows:
         self.winners = {(str(w.target), str(w.problem), w.tokens): w for w in winners}
         trials = (record for record in content.records if isinstance(record, Trial))
         self._trials = {tuple(key_of(trial).values()): trial for trial in trials}
+        self._provenance = content.provenance
+
+    def provenance_of(self, winner: Winner) -> Provenance:
+        return self._provenance.get(winner.provenance or "", {})
 
     def trial_of(self, winner: Winner) -> Trial | None:
         """Of the same bucket, config and kernel source."""
@@ -148,7 +160,8 @@ def _pair(a: Winner, b: Winner, ours: _Rows, theirs: _Rows) -> Pair:
             in_theirs = (None, in_theirs[1])
     foreign = {"A": in_ours[1], "B": in_theirs[0]}
     failed = tuple(f"{trial.status} in {name}" for name, trial in foreign.items() if trial and trial.failed)
-    return Pair(a, b, _ratio(*in_ours), _ratio(*in_theirs), failed)
+    alike = timed_alike(ours.provenance_of(a), theirs.provenance_of(b))
+    return Pair(a, b, _ratio(*in_ours), _ratio(*in_theirs), failed, alike)
 
 
 def _ratio(of_a: Trial | None, of_b: Trial | None) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autofuse.cache_db import Trial, TunedDatabase, Winner, agreement, compare, read_export
+from autofuse.cache_db import TIMED, Trial, TunedDatabase, Winner, agreement, compare, read_export
 from autofuse.cache_db.agreement import Pair
 from autofuse.cli.app import run
 from autofuse.ops import Config, get_op
@@ -159,6 +159,28 @@ def test_the_command_tells_of_each_bucket_and_sums_up(write: Write, capsys: pyte
     assert "; 1 that no file measured both of" in text
     assert "Fused or not: 2 of 3 agree" in text
     assert f"{PROBLEM} at T=2048 on {H200}: only A, against the other's interval: 2.00× [1.98, 2.02], 0.90×" in text
+
+
+def test_times_that_were_taken_in_different_ways_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, time_us, ways in (("a.db", 1.0, ({}, {})), ("b.db", 1.3, ({TIMED: "behind stand-ins"}, {}))):
+        with TunedDatabase(tmp_path / name) as database:
+            for tokens, fields in zip((1, 64), ways, strict=True):
+                provenance = database.record_provenance({"driver": "580", **fields})
+                database.record(winner(tokens=tokens, time_us=time_us, provenance=provenance))
+    files = str(tmp_path / "a.db"), str(tmp_path / "b.db")
+    apart, alike = compare(*map(read_export, map(Path, files))).both
+    assert (apart.timed_alike, alike.timed_alike) == (False, True)
+    assert agreement([apart, alike]).worst_time == alike
+    assert (agreement([apart]).close_times, agreement([apart]).worst_time) == (0, None)
+    assert run(["diff", *files]) == 1
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()[:1] in (["1"], ["64"])}
+    assert "1.300   timed otherwise" in rows["1"]
+    assert "1.300   beyond noise" in rows["64"]
+    assert "Timed in different ways: 1 of 2 buckets, whose times cannot be compared\n" in text
+    assert "Times: within 2% of each other in 0 of 1 buckets; at worst B ÷ A is 1.300 (" in text
 
 
 def test_the_command_gives_programs_the_same(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

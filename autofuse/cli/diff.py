@@ -64,9 +64,15 @@ def _print_pairs(pairs: Sequence[Pair]) -> None:
         for pair in group:
             a, b = pair.a, pair.b
             row: list[object] = [a.tokens, microseconds(a.time_us), microseconds(b.time_us), f"{pair.ratio:.3f}"]
-            row += ["within noise" if pair.within_noise else "beyond noise", gain(a), gain(b), _fused(pair)]
+            row += [_noise(pair), gain(a), gain(b), _fused(pair)]
             rows.append([*row, _configs(pair), a.config, "the same" if a.config == b.config else b.config])
         print_table(f"Different winners: {problem} on {target}", columns, rows)
+
+
+def _noise(pair: Pair) -> str:
+    if not pair.timed_alike:
+        return "timed otherwise"
+    return "within noise" if pair.within_noise else "beyond noise"
 
 
 def _fused(pair: Pair) -> str:
@@ -85,11 +91,14 @@ def _configs(pair: Pair) -> str:
 def _sum_lines(both: Sequence[Pair]) -> list[str]:
     """How far the winners agree, in a few lines; none without a bucket that both have."""
     found = agreement(both)
-    if not found.worst_time:
+    if not found.buckets:
         return []
-    close = f"within {CLOSE:.0%}"
-    worst = _worst(found.worst_time, found.worst_time.ratio)
-    lines = [f"Times: {close} of each other in {found.close_times} of {found.buckets} buckets; {worst}"]
+    lines, close = [], f"within {CLOSE:.0%}"
+    if apart := found.buckets - found.timed_alike:
+        lines.append(f"Timed in different ways: {apart} of {found.buckets} buckets, whose times cannot be compared")
+    if found.worst_time:
+        worst = _worst(found.worst_time, found.worst_time.ratio)
+        lines.append(f"Times: {close} of each other in {found.close_times} of {found.timed_alike} buckets; {worst}")
     configs = f"Configs: the same in {found.same_configs}"
     if found.worst_config and found.worst_config.config_ratio:
         worst = _worst(found.worst_config, found.worst_config.config_ratio)
@@ -116,6 +125,7 @@ def _facts(pair: Pair) -> dict[str, object]:
         "a": pair.a,
         "b": pair.b,
         "ratio": pair.ratio,
+        "timed_alike": pair.timed_alike,
         "within_noise": pair.within_noise,
         "same_config": pair.same_config,
         "config_ratio": pair.config_ratio,
