@@ -2,8 +2,8 @@
 """Compares the tuner's search with others on spaces whose configs were all measured, and records such spaces.
 
     python scripts/bench_search.py                                    # replay benchmarks/search/*/*.json
-    python scripts/bench_search.py --spaces benchmarks/search/cpu --strategies autofuse,random --seeds 10
-    python scripts/bench_search.py --strategies autofuse,random --json benchmarks/h200/search.json
+    python scripts/bench_search.py --spaces benchmarks/search/nvidia_h200 --strategies autofuse,random --seeds 10
+    python scripts/bench_search.py --spaces benchmarks/search/nvidia_h200 --trials 74 --json benchmarks/h200/search.json
     python scripts/bench_search.py --markdown      # writes the table of docs/tuning.md from such files
     python scripts/bench_search.py --record mla_v_up_quant --tokens 64 --most 400 --model deepseek-v3
 
@@ -120,9 +120,10 @@ def added(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 
 
 def recorded_rows() -> list[dict[str, Any]]:
-    """Of all files that are kept, a GPU's first."""
-    files = sorted(BENCHMARKS.glob("*/search.json"), reverse=True)
-    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    """Of all files that are kept, those of GPUs first."""
+    files = sorted(BENCHMARKS.glob("*/search.json"))
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    return sorted(rows, key=lambda row: Target.parse(row["target"]).kind == "cpu")
 
 
 def markdown(rows: Sequence[dict[str, Any]], spaces: Sequence[Recorded]) -> str:

@@ -127,6 +127,23 @@ def test_both_languages_are_searched_in_turns_with_an_effort_each() -> None:
     assert all(spaces[language_of(config)].refusal(config, PROBLEM, 64) is None for config in seen)
 
 
+def test_a_search_in_triton_ends_around_its_best_as_well() -> None:
+    kernels = (NORMS.triton_kernels["cuda"],)
+    effort = Effort(
+        exhaustive_up_to=0, trials=60, startup_trials=4, batch=1, polish=0, triton_fewest=10, triton_settled=9.0
+    )
+    counts = {}
+    for polish in (0, 6):
+        search = search_for(kernels, PROBLEM, 64, {}, [IN_TRITON], replace(effort, triton_polish=polish), seed=0)
+        times: dict[Config, float] = {}
+        for batch in search.batches():
+            for config in batch:
+                times[config] = 2.0 + config["NUM_WARPS"] + config["Q_ROWS"]
+                search.tell(config, times[config])
+        counts[polish] = len(times)
+    assert 10 <= counts[0] < counts[6] <= counts[0] + 1 + 6
+
+
 def test_what_was_measured_in_one_language_leaves_the_other_its_whole_effort() -> None:
     kernels = (NORMS.kernels["cuda"], NORMS.triton_kernels["cuda"])
     effort = Effort(exhaustive_up_to=0, trials=8, startup_trials=4, batch=4)

@@ -9,8 +9,9 @@ import torch
 
 from autofuse.cache_db import TIMED
 from autofuse.errors import BadInput, TargetUnavailable
-from autofuse.ops import get_op
-from autofuse.targets import Target, kind_of_arch, toolchain
+from autofuse.ops import Config, FusedOp, Problem, get_op
+from autofuse.runtime import dispatch
+from autofuse.targets import Kernel, Target, kind_of_arch, toolchain
 from autofuse.tuner.bench import EAGER, Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.compile_matrix import GPU_ARCHES
@@ -122,6 +123,27 @@ def test_all_that_is_timed_comes_behind_it(tiny: Effort, monkeypatch: pytest.Mon
     bench.baselines(compiled=False)
     bench.interleave([config, EAGER], 2, seed=0)
     assert log[2:] == ["prepared", "calibrated"]
+
+
+def test_a_config_is_loaded_once_however_often_it_is_timed(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = get_op("mla_dual_rms_norm")
+    problem = norms.make_problem(dtype="fp32", q_lora_rank=72, kv_lora_rank=32, cast_before_weight=True)
+    config = norms.default_config("cpu", problem, 3)
+    loaded: list[Config] = []
+    load = dispatch.load_kernel
+
+    def noted(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
+        loaded.append(config)
+        return load(op, problem, config, device)
+
+    monkeypatch.setattr(dispatch, "load_kernel", noted)
+    bench = Bench(torch.device("cpu"), tiny)
+    bench.open(problem, 3, norms.source_hash("cpu"))
+    bench.verify(config)
+    bench.time(config, None)
+    bench.baselines(compiled=False)
+    bench.interleave([config, EAGER], 2, seed=0)
+    assert len(loaded) == (1 if dispatch.registry.go_native() else 2)
 
 
 def test_provenance_says_how_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:

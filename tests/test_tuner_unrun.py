@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from planting import tune_here
 from autofuse.cache_db import Trial, TunedDatabase, Winner
 from autofuse.ops import Config, FusedOp, Problem, get_op
 from autofuse.targets import Artifact, KernelSpec, Resources, Target, cpu, target_of
+from autofuse.tuner import job
 from autofuse.tuner.bench import Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.job import Bucket, Event, TrialDone, _BucketTuning, tune_buckets
@@ -121,6 +124,33 @@ def test_what_spills_is_not_run_where_another_does_not(
         assert pruned[0].message == "it spills 64 bytes of registers; it was not run"
         assert winner.config["UNROLL"] != 4
         assert 4 not in {config["UNROLL"] for config in ran}
+
+
+def test_what_is_likely_fast_is_tried_after_the_default(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    guessing = replace(NORMS.kernels["cpu"], guess=lambda problem, tokens: {"UNROLL": 4})
+    monkeypatch.setitem(NORMS.kernels, "cpu", guessing)  # type: ignore[arg-type]
+    default = NORMS.default_config("cpu", norms(), 4)
+    assert default["UNROLL"] != 4
+    with TunedDatabase() as database:
+        tuning = _BucketTuning(Bucket(norms(), 4), target_of(CPU), database, tiny, "", None, None, print)  # type: ignore[arg-type]
+        assert tuning._first_configs() == [default, Config.of(default, UNROLL=4)]
+
+
+def test_on_a_cpu_nothing_is_measured_while_others_compile(
+    ran: Counter[Config], tiny: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bool] = []
+    first = job._compiled_first
+
+    def looked(futures: Sequence[Future[Artifact]]) -> int:
+        compiled.extend(future.done() for future in futures)
+        return first(futures)
+
+    monkeypatch.setattr(job, "_compiled_first", looked)
+    with TunedDatabase() as database:
+        tune(database, tiny)
+    assert len(compiled) > len(ran) > 1
+    assert all(compiled)
 
 
 def test_winners_of_what_is_most_alike_are_tried_first(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from autofuse.runtime.dispatch import bind_plan
 from autofuse.runtime.plan import Plan
 from autofuse.targets import target_of
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.verify import WrongResult, verify
+from autofuse.tuner.guards import same_bits
+from autofuse.tuner.verify import Verification, WrongResult, verify
 
 CPU = torch.device("cpu")
 NORMS, ROPE = get_op("mla_dual_rms_norm"), get_op("mla_rope_kv_cache_cat")
@@ -125,6 +126,81 @@ def test_a_wrong_kernel_is_caught(
     edit_kernels(mutation.file or SOURCES[op.name], mutation.old, mutation.new)
     with pytest.raises(WrongResult, match=r"times the tolerance|was changed|beside an input"):
         verify(op, mutation.problem, mutation.tokens, kernel(op, mutation.problem, CPU), CPU, tiny)
+
+
+# Several runs
+
+
+def negated(runs: int, q: torch.Tensor) -> None:
+    q.neg_()
+
+
+def beside(runs: int, q: torch.Tensor) -> None:
+    torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage())[0] ^= 1
+
+
+def first_alone(runs: int, q: torch.Tensor) -> None:
+    if runs == 0:
+        q.neg_()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (negated, "changed back by the next call"),
+        (beside, "changed back by the next call"),
+        (first_alone, "input 0 was changed"),
+    ],
+)
+def test_what_a_call_does_to_its_inputs_is_caught_even_if_the_next_undoes_it(
+    harm: Callable[[int, torch.Tensor], None], said: str, tiny: Effort
+) -> None:
+    runs = 0
+
+    def call(q: torch.Tensor, *others: Any) -> Any:
+        """Right each time."""
+        nonlocal runs
+        spoilt = runs % 2 if harm is negated else harm is first_alone and runs
+        mended = -q if spoilt else q
+        results = NORMS.reference(mended, *others)
+        harm(runs, q)
+        runs += 1
+        return results
+
+    with pytest.raises(WrongResult, match=said):
+        verify(NORMS, norms(), 4, call, CPU, tiny)
+    assert runs == 2
+
+
+def test_inputs_are_what_they_were_after_a_call_that_spoils_them(tiny: Effort) -> None:
+    checked = Verification(NORMS, norms(), 4, CPU, tiny)
+    checked.prepare()
+
+    def spoils(q: torch.Tensor, *others: Any) -> Any:
+        results = NORMS.reference(q, *others)
+        q.zero_()
+        return results
+
+    assert checked.check(NORMS.reference) <= 1.0
+    for _ in range(2):
+        with pytest.raises(WrongResult, match="input 0 was changed"):
+            checked.check(spoils)
+        assert checked.check(NORMS.reference) <= 1.0
+
+
+def test_a_call_with_too_few_results_never_passes(tiny: Effort) -> None:
+    checked = Verification(NORMS, norms(), 4, CPU, tiny)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="argument 2 is longer"):
+            checked.check(lambda *args: NORMS.reference(*args)[:1])
+        checked.check(NORMS.reference)
+
+
+def test_bits_of_other_shapes_are_not_the_same() -> None:
+    zeros = torch.zeros(2, 3)
+    assert same_bits(zeros, zeros.clone())
+    assert not same_bits(zeros, zeros[0])
+    assert not same_bits(zeros, zeros.T)
 
 
 # The tolerance

@@ -170,7 +170,8 @@ class Effort:
         steady_interval: a gain whose interval is wider, high ÷ low, was measured on a busy machine.
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
             it is not steady.
-        round_us: length of one timed round on a GPU, in µs, at least half of it.
+        round_us: length of one timed round on a GPU, in µs, at least half of it. Rounds of 0.5 ms that begin with a
+            busy GPU differ no more than rounds of 2 ms that do not.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
@@ -218,8 +219,8 @@ EFFORTS = {
         settled=0.003,
         polish=6,
         triton_fewest=8,
-        triton_polish=0,
         triton_settled=0.01,
+        triton_polish=0,
         trial_rounds=5,
         final_rounds=15,
         places=1,

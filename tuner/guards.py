@@ -21,16 +21,15 @@ from autofuse.runtime.dispatch import BoundPlan
 from autofuse.tuner.budgets import GUARD_BYTES, GUARD_ROWS, MOST_GUARD_BYTES
 from autofuse.tuner.failures import WrongResult
 
-__all__ = ["Claim", "GuardedArgs", "GuardedCall", "insist", "same_bits", "told"]
+__all__ = ["Answer", "Claim", "GuardedArgs", "GuardedCall", "insist", "same_bits", "told"]
+
+Answer = torch.Tensor | bool
+"""Yes or no; on a GPU one that nobody has waited for yet, without dimensions."""
 
 _NAN_BYTE = 0xFF
 _OTHER_BYTE = 0x5A  # in a second run: whatever neither run wrote differs between them
 _ALIGNMENT = 512  # of CUDA's allocations; a CPU's have less
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-Answer = torch.Tensor | bool
-"""Yes or no; on a GPU one that nobody has waited for yet, without dimensions."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ def insist(claims: Iterable[Claim], answers: Iterable[bool]) -> None:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> Answer:
-    """Whether two tensors of one dtype and shape are the same bit by bit, NaN included."""
+    """Whether two tensors of one dtype are the same bit by bit, NaN included; if not of one shape, they are not."""
+    if a.shape != b.shape:
+        return False
     if a.is_contiguous() and b.is_contiguous() and _is_words(a) and _is_words(b):
         a, b = a.view(-1).view(torch.int64), b.view(-1).view(torch.int64)  # a CPU goes through them one by one
     else:
@@ -143,6 +144,8 @@ class GuardedArgs:
         return Claim(same_bits(self._arena.buffer, self._copy.buffer), self._damage)
 
     def _damage(self) -> str:
+        if all(told([self.claim().holds])[0]):
+            return "an input, or bytes beside one, were changed, and changed back by the next call"
         for index, (arg, before) in enumerate(zip(self.args, self._before, strict=True)):
             if isinstance(arg, torch.Tensor) and not same_bits(arg, before):
                 return f"input {index} was changed"

@@ -12,7 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -257,6 +257,8 @@ class _BucketTuning:
             cut_short = bool(measured) and time.monotonic() >= stop_search
             if cut_short or not waiting:
                 break
+            if self._target.kind == "cpu":
+                wait([future for _, future in waiting])  # compilers would take cores from what is timed
             config, future = waiting.pop(_compiled_first([future for _, future in waiting]))
             trial = self._measure(config, future, best)
             search.tell(config, None if trial.failed else trial.time_us)

@@ -78,7 +78,7 @@ class ModelSearch(Search):
 
     Args:
         known: config → µs, or None if it failed.
-        first: configs to try before all others (the default config, winners of other buckets).
+        first: configs to try before all others (the default, what is likely fast, winners of other buckets).
         seed: of the sampler.
         wanted: of ``first``, configs that are tried even if the effort's trials were made already.
         described: see ``ConfigSampler``; ``grid_size``.

@@ -9,8 +9,8 @@ stay as it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from autofuse.ops import FusedOp, Problem
 from autofuse.tuner.budgets import VERIFY_MEMORY_SHARE, Effort
 from autofuse.tuner.failures import WrongResult
-from autofuse.tuner.guards import GuardedArgs, GuardedCall, insist, same_bits, told
+from autofuse.tuner.guards import Answer, Claim, GuardedArgs, GuardedCall, insist, same_bits, told
 
 __all__ = ["Verification", "WrongResult", "verify", "verify_call"]
 
@@ -95,14 +95,14 @@ class _Case:
 
     def check(self, call: Call) -> float:
         try:
-            first, second = self._run(call), self._run(call)
-            claims = [*(call.take_claims() if isinstance(call, GuardedCall) else ()), self._guarded.claim()]
-            before, error = self._right or ([], 0.0)
+            claims: list[Claim] = []
+            first, second = self._run(call, claims), self._run(call, claims)
+            before, error = self._right or (None, 0.0)
             # All at once: a wait takes a GPU as long as a call.
             unharmed, repeated, known = told(
                 [claim.holds for claim in claims],
-                [same_bits(*pair) for pair in zip(first, second, strict=True)],
-                [same_bits(*pair) for pair in zip(first, before, strict=False)],
+                _all_same(first, second),
+                [] if before is None else _all_same(first, before),
             )
             insist(claims, unharmed)
             if not (known and all(known)):  # most configs compute the same bits: fp64 takes many times as long
@@ -115,11 +115,17 @@ class _Case:
         self._right = first, error
         return error
 
-    def _run(self, call: Call) -> list[torch.Tensor]:
-        # Where a call allocates its results itself, nothing can be put around them.
-        with nullcontext() if isinstance(call, GuardedCall) else _poisoned_allocations():
+    def _run(self, call: Call, claims: list[Claim]) -> list[torch.Tensor]:
+        """The results. To ``claims`` is added what must hold now: the next run may undo what this one did."""
+        if isinstance(call, GuardedCall):
             results = call(*self._guarded.args)
-        return [*results, *self._guarded.take_mutated()]
+            claims += call.take_claims()
+        else:
+            with _poisoned_allocations():  # nothing can be put around what a call allocates itself
+                results = call(*self._guarded.args)
+        taken = self._guarded.take_mutated()
+        claims.append(self._guarded.claim())
+        return [*results, *taken]
 
     def _error(self, results: list[torch.Tensor]) -> float:
         worst = 0.0
@@ -129,6 +135,10 @@ class _Case:
                 raise WrongResult(f"result {index} is {error:.3g} times the tolerance from the reference")
             worst = max(worst, error)
         return worst
+
+
+def _all_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> list[Answer]:
+    return [same_bits(*pair) for pair in zip(some, others, strict=True)]
 
 
 def verify(op: FusedOp, problem: Problem, tokens: int, call: Call, device: torch.device, effort: Effort) -> float:

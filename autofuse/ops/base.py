@@ -46,8 +46,8 @@ class KernelSource:
         file: in ``kernels_src``: C++, or Python for Triton.
         space: its tunables.
         default: what runs where nobody has tuned: sound everywhere, best nowhere.
-        guess: where it differs from what is likely fast, by the winners of tunings; a GPU may not even run that. None
-            where nobody knows.
+        guess: values of the tunables in which what is likely fast differs from the default, by the winners of tunings
+            elsewhere; some GPUs cannot run that. None where nobody knows.
     """
 
     file: str

@@ -33,7 +33,7 @@ class Recorded:
 
     Attributes:
         tunables: name → values, in the space's order.
-        default: what our search tries first.
+        default: what our search tries first, with the op's guess where there is one.
         size: configs in the whole space; where ``outcomes`` has fewer, it is a random subset.
         outcomes: config → what came of it, in the space's order.
         provenance: of the machine, with the seed of the subset.
