@@ -41,7 +41,8 @@ from autofuse.graph.report_store import last_reports
 from autofuse.ops import Problem, get_op
 from autofuse.targets import Target, parse_device, target_of
 from autofuse.tuner.budgets import EFFORTS, Effort
-from autofuse.tuner.job import Bucket, provenance_of, tune_buckets
+from autofuse.tuner.devices import tune_on_devices
+from autofuse.tuner.job import Bucket, provenance_of
 from autofuse.tuner.measure import Ring, gain, interleave, runner
 from bench.chain import launched_plainly
 from mla_layer import (
@@ -114,9 +115,10 @@ def tuned_fusions(
     """Tunes what the layer's graph has, into the database that ``options`` names; the fusions that match there."""
     explanation = explain(torch.compile(call, backend="autofuse", dynamic=False, options=options), *args)
     sites = [site for graph in explanation.graphs for site in graph.sites]
-    buckets = [Bucket(Problem.parse(site.problem), int(site.tokens)) for site in sites if site.problem]
+    found = (Bucket(Problem.parse(site.problem), int(site.tokens)) for site in sites if site.problem)
+    buckets = list(dict.fromkeys(found))
     with TunedDatabase(options.get("autofuse.database")) as database:
-        tune_buckets(buckets, device, database, effort)
+        tune_on_devices(buckets, [device], database, effort)
     return [*dict.fromkeys(site.fusion for site in sites)]
 
 

@@ -205,7 +205,7 @@ def test_the_layer_by_vllms_operators():
 def test_a_row_of_the_benchmark(monkeypatch, tmp_path, tiny):
     """Tuning is left out: it is tested elsewhere."""
     monkeypatch.setattr(bench_layer, "EFFORTS", {"tiny": tiny})
-    monkeypatch.setattr(bench_layer, "tune_buckets", lambda *_: [])
+    monkeypatch.setattr(bench_layer, "tune_on_devices", lambda *_: [])
     monkeypatch.setattr(bench_layer, "UNTUNED", {"autofuse.untuned": "fuse"})
     options = Namespace(effort="tiny", database=tmp_path / "tuned.db", no_single=False)
     with without_code_generation(), torch.no_grad():

@@ -32,6 +32,7 @@ __all__ = ["Beside", "Gain", "Ring", "Runner", "Timing", "example_ring", "gain",
 
 Call = Callable[..., Any]
 _SOME_ROUNDS = 3  # from whose shortest the length of a round is told
+_IDLE = 2  # times as long are rounds that begin with an idle GPU: what the host takes to launch them is part of them
 _BESIDE, _OF = 2, 3  # so many of so many calls have a kernel before them that is no call
 
 
@@ -192,7 +193,7 @@ class _CudaRunner(Runner):
         torch.cuda.current_stream().wait_stream(stream)
         self.calls_each = len(ring.sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._lengthen(effort.round_us)
+        self._lengthen(effort.round_us * (_IDLE if beside is None else 1))
 
     def _time_us(self) -> float:
         if self._beside is not None:
