@@ -171,7 +171,7 @@ class Effort:
         attempts: such a measurement of the gain is made at most so many times; the steadiest counts, and is marked if
             it is not steady.
         round_us: length of one timed round on a GPU, in µs, at least half of it. Rounds of 0.5 ms that begin with a
-            busy GPU differ no more than rounds of 2 ms that do not, which are made twice as long.
+            busy GPU differ no more than rounds of 1 ms that do not, which are made twice as long.
         cpu_round_us: the same on a CPU.
         warmup_rounds: untimed rounds before each measurement.
         ring_bytes: the inputs of consecutive calls are different ones, together at least so many bytes, so that they
