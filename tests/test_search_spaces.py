@@ -90,6 +90,17 @@ def test_guesses_are_of_the_space_whatever_the_problem(op: FusedOp) -> None:
         assert all(kernel.space.refusal(config, problem, tokens) is None for config in guessed)
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_defaults_are_of_the_space_whatever_the_problem(op: FusedOp) -> None:
+    spaces = [*op.kernels.values(), *op.triton_kernels.values()]
+    refused = [
+        (kernel.file, str(problem), tokens, why)
+        for kernel, problem, tokens in itertools.product(spaces, op.sweep_problems(), TOKENS)
+        if (why := kernel.space.refusal(kernel.default(problem, tokens), problem, tokens))
+    ]
+    assert refused == []
+
+
 def test_guesses_for_a_model_are_whole() -> None:
     for model, tp in (("deepseek-v3", 8), ("deepseek-v3", 1), ("llama-3-8b", 1), ("qwen3-8b", 1)):
         for bucket in model_buckets(model, TOKENS, tp=tp):
@@ -100,6 +111,17 @@ def test_guesses_for_a_model_are_whole() -> None:
                     wishes = kernel.guess(bucket.problem, bucket.tokens)
                     guessed = kernel.first_configs(bucket.problem, bucket.tokens)[-1]
                     assert {name: guessed[name] for name in wishes} == wishes, (bucket, kernel.file)
+
+
+def test_less_of_a_tunable_makes_a_config_fit() -> None:
+    space = SearchSpace(
+        (Tunable("A", (4, 1, 2, 8), ""), Tunable("B", (0, 1), "")),
+        (Constraint("A is at most T", lambda c, p, t: c["A"] <= t), Constraint("B is 0", lambda c, p, t: c["B"] == 0)),
+    )
+    assert space.with_less(Config.of(A=4, B=0), "A", ANY, 9) == Config.of(A=4, B=0)
+    assert space.with_less(Config.of(A=4, B=0), "A", ANY, 3) == Config.of(A=2, B=0)
+    assert space.with_less(Config.of(A=4, B=0), "A", ANY, 0) == Config.of(A=4, B=0)  # none does
+    assert space.with_less(Config.of(A=4, B=1), "A", ANY, 3) == Config.of(A=4, B=1)
 
 
 def test_a_space_without_tunables_has_one_config() -> None:

@@ -172,7 +172,8 @@ def _gpu_default(problem: Problem, tokens: int) -> Config:
         warps = min(next(fitting, _WIDEST_TEAM), max(problem.int("width") // _vector(problem) // _WARP, 1))
         return Config.of(config, X_WARPS=warps)
     wide = Config.of(config, LOADS=2)
-    return wide if _whole_units(wide, problem, tokens) else config
+    chosen = wide if _whole_units(wide, problem, tokens) else config
+    return _GPU_SPACE.with_less(chosen, "X_WARPS", problem, tokens)
 
 
 def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:
@@ -189,7 +190,8 @@ def _hip_default(problem: Problem, tokens: int) -> Config:
     config = _gpu_default(problem, tokens)
     if problem.int("norm"):  # half the warps of 32 lanes, twice as wide
         config = Config.of(config, X_WARPS=max(config["X_WARPS"] // 2, 1))
-    return Config.of(config, **{name: value for name, (value, _) in _HIP_FIXED.items()})
+    fixed = Config.of(config, **{name: value for name, (value, _) in _HIP_FIXED.items()})
+    return _HIP_SPACE.with_less(fixed, "X_WARPS", problem, tokens)
 
 
 def _cpu_default(problem: Problem, tokens: int) -> Config:

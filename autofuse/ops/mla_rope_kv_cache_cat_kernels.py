@@ -196,7 +196,7 @@ def gpu_default(problem: Problem, tokens: int) -> Config:
     for size in (16, 8, 4):
         chosen = Config.of(config, VEC_BYTES=size)
         if _whole_units(chosen, problem, tokens) and _whole_groups(chosen, problem, tokens):
-            return chosen
+            return GPU_SPACE.with_less(chosen, "THREADS", problem, tokens)
     raise UnsupportedCall(f"{problem}: its widths are no whole number of 4-byte vectors")
 
 

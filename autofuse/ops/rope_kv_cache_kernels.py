@@ -157,7 +157,9 @@ def widest_vector(problem: Problem) -> int:
 
 
 def _gpu_default(problem: Problem, tokens: int) -> Config:
-    return Config.of(THREADS=256, UNROLL=1, VEC_BYTES=widest_vector(problem), READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
+    vec_bytes = widest_vector(problem)
+    config = Config.of(THREADS=256, UNROLL=1, VEC_BYTES=vec_bytes, READ_ONCE=0, PDL=0, PREFETCH=0, GUESS=0)
+    return _GPU_SPACE.with_less(config, "THREADS", problem, tokens)
 
 
 def _cuda_guess(problem: Problem, tokens: int) -> dict[str, int]:

@@ -61,6 +61,15 @@ class SearchSpace:
                 return constraint.reason
         return None
 
+    def with_less(self, config: Config, name: str, problem: Problem, tokens: int) -> Config:
+        """``config``; where it is no point of this space, with the largest smaller value of that tunable that makes it
+        one, if any does.
+        """
+        (tunable,) = (each for each in self.tunables if each.name == name)
+        values = sorted((value for value in tunable.values if value <= config[name]), reverse=True)
+        fitting = (Config.of(config, **{name: value}) for value in values)
+        return next((each for each in fitting if self.refusal(each, problem, tokens) is None), config)
+
     def towards(self, config: Config, wishes: Mapping[str, int], problem: Problem, tokens: int) -> Config:
         """``config`` with other values, if it is a point of this space then; else with those of them that leave it one,
         tried one after the other.
