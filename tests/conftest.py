@@ -12,6 +12,9 @@ import pytest
 import torch
 
 import autofuse.kernels_src
+from autofuse.ops import Config, FusedOp, Problem
+from autofuse.runtime import dispatch
+from autofuse.targets import Kernel
 from autofuse.tuner.budgets import Effort
 from tiny_effort import TINY
 
@@ -51,6 +54,20 @@ def database_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each kind of device that there are kernels for; those that are not here are skipped."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs whose kernels are loaded from here on; those of calls that were bound before are not among them."""
+    configs: list[Config] = []
+    load = dispatch.load_kernel
+
+    def recording(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
+        configs.append(config)
+        return load(op, problem, config, device)
+
+    monkeypatch.setattr(dispatch, "load_kernel", recording)
+    return configs
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from autofuse.ops.buckets import RANGE_BUCKETS
 from autofuse.runtime import dispatch
 from autofuse.runtime.dispatch import OpRegistry, bind_plan, registry
 from autofuse.runtime.plan import Plan
-from autofuse.targets import Kernel, Target, target_of
+from autofuse.targets import Target, target_of
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.compile_ahead import compile_pool
 from autofuse.tuner.verify import verify
@@ -227,17 +227,3 @@ def test_a_broken_database_does_not_break_a_call(device: torch.device, caplog: p
 
 def winner(target: Target, problem: Problem, tokens: int, config: Config, source_hash: str) -> Winner:
     return Winner(target, problem, tokens, config, source_hash, 1.0, 0.1, "eager", 2.0, 2.0, 1.9, 2.1)
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configs whose kernels are loaded from here on; those of calls that were bound before are not among them."""
-    configs: list[Config] = []
-    load = dispatch.load_kernel
-
-    def recording(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
-        configs.append(config)
-        return load(op, problem, config, device)
-
-    monkeypatch.setattr(dispatch, "load_kernel", recording)
-    return configs

@@ -9,14 +9,14 @@ import torch
 
 from autofuse.cache_db import TIMED
 from autofuse.errors import BadInput, TargetUnavailable
-from autofuse.ops import Config, FusedOp, Problem, get_op
-from autofuse.runtime import dispatch
-from autofuse.targets import Kernel, Target, kind_of_arch, toolchain
+from autofuse.ops import Config, get_op
+from autofuse.runtime.dispatch import registry
+from autofuse.targets import Target, kind_of_arch, toolchain
 from autofuse.tuner.bench import EAGER, Bench
 from autofuse.tuner.budgets import Effort
 from autofuse.tuner.compile_matrix import GPU_ARCHES
 from autofuse.tuner.job import provenance_of
-from autofuse.tuner.measure import Beside, Ring, Runner, _CudaRunner, example_ring, launches_each, runner
+from autofuse.tuner.measure import Beside, Ring, Runner, Timing, _CudaRunner, example_ring, launches_each, runner
 from autofuse.tuner.stand_in import StandIn, spec_of, stand_in
 
 GPU = torch.device("cuda", 0)
@@ -125,25 +125,17 @@ def test_all_that_is_timed_comes_behind_it(tiny: Effort, monkeypatch: pytest.Mon
     assert log[2:] == ["prepared", "calibrated"]
 
 
-def test_a_config_is_loaded_once_however_often_it_is_timed(tiny: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_loaded_once_however_often_it_is_timed(tiny: Effort, loaded: list[Config]) -> None:
     norms = get_op("mla_dual_rms_norm")
     problem = norms.make_problem(dtype="fp32", q_lora_rank=72, kv_lora_rank=32, cast_before_weight=True)
     config = norms.default_config("cpu", problem, 3)
-    loaded: list[Config] = []
-    load = dispatch.load_kernel
-
-    def noted(op: FusedOp, problem: Problem, config: Config, device: torch.device) -> Kernel:
-        loaded.append(config)
-        return load(op, problem, config, device)
-
-    monkeypatch.setattr(dispatch, "load_kernel", noted)
     bench = Bench(torch.device("cpu"), tiny)
     bench.open(problem, 3, norms.source_hash("cpu"))
     bench.verify(config)
     bench.time(config, None)
     bench.baselines(compiled=False)
     bench.interleave([config, EAGER], 2, seed=0)
-    assert len(loaded) == (1 if dispatch.registry.go_native() else 2)
+    assert len(loaded) == (1 if registry.go_native() else 2)
 
 
 def test_provenance_says_how_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +161,7 @@ def test_it_takes_time_that_is_measured_again_only_after_a_while(
 ) -> None:
     assert beside.us > 0.0
     before = beside.us
-    monkeypatch.setattr(StandIn, "_round_us", lambda self: 1234.0)
+    monkeypatch.setattr("autofuse.tuner.stand_in.time_alone", lambda *args: Timing((1234.0,)))
     beside.calibrate()
     assert beside.us == before
     monkeypatch.setattr("autofuse.tuner.stand_in._HOLDS_S", 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -140,12 +141,17 @@ def test_on_a_cpu_nothing_is_measured_while_others_compile(
     ran: Counter[Config], tiny: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[bool] = []
-    first = job._compiled_first
+    first, compile_one = job._compiled_first, cpu.CpuToolchain.compile
+
+    def slowly(self: cpu.CpuToolchain, spec: KernelSpec, arch: str) -> Artifact:
+        time.sleep(0.05)  # also what is in the cache
+        return compile_one(self, spec, arch)
 
     def looked(futures: Sequence[Future[Artifact]]) -> int:
         compiled.extend(future.done() for future in futures)
         return first(futures)
 
+    monkeypatch.setattr(cpu.CpuToolchain, "compile", slowly)
     monkeypatch.setattr(job, "_compiled_first", looked)
     with TunedDatabase() as database:
         tune(database, tiny)

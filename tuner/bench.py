@@ -190,9 +190,6 @@ class Bench:
                 raise UnsupportedCall(f"{bucket.op.name} would run its reference: the model's arguments do not suit it")
             overload = getattr(torch.ops.autofuse, bucket.op.name).default
             plan = str(self._plan(subject))
-            if subject not in bucket.remembered:
-                bucket.remembered.add(subject)
-                registry.remember(bound, plan)  # or its first call, a native one, would load the kernel once more
 
             def call(*args: Any) -> Any:
                 return overload(*args, plan)
@@ -214,7 +211,9 @@ class Bench:
     def _bound(self, config: Config) -> BoundPlan:
         bucket = self._opened()
         if config not in bucket.bound:
-            bucket.bound[config] = bind_plan(bucket.op, self._plan(config), self._device)
+            plan = self._plan(config)
+            bucket.bound[config] = bound = bind_plan(bucket.op, plan, self._device)
+            registry.remember(bound, str(plan))  # or the first native call would load the kernel once more
         return bucket.bound[config]
 
     def _plan(self, config: Config) -> Plan:
@@ -254,7 +253,6 @@ class _Bucket:
         self.ring: Ring = example_ring(op, problem, tokens, device, effort)
         self.baselines: dict[str, Callable[..., object]] = {}
         self.bound: dict[Config, BoundPlan] = {}
-        self.remembered: set[Config] = set()
         self.runners: dict[Subject, Runner] = {}
 
 

@@ -168,8 +168,10 @@ class Runner(ABC):
 
 
 class _CudaRunner(Runner):
-    def __init__(self, call: Call, ring: Ring, effort: Effort, beside: Beside | None) -> None:
-        self._beside = beside
+    def __init__(
+        self, call: Call, ring: Ring, effort: Effort, beside: Beside | None, hold: Callable[[], None] | None
+    ) -> None:
+        self._beside, self._hold = beside, hold
         self._beside_each = launches_each(len(ring.sets))
         stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
@@ -193,11 +195,11 @@ class _CudaRunner(Runner):
         torch.cuda.current_stream().wait_stream(stream)
         self.calls_each = len(ring.sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._lengthen(effort.round_us * (_IDLE if beside is None else 1))
+        self._lengthen(effort.round_us * (_IDLE if hold is None else 1))
 
     def _time_us(self) -> float:
-        if self._beside is not None:
-            self._beside.hold()
+        if self._hold is not None:
+            self._hold()
         self._start.record()
         for _ in range(self.repeats):
             self._graph.replay()
@@ -250,15 +252,19 @@ def runner(
     *,
     warm: bool = True,
     beside: Beside | None = None,
+    hold: Callable[[], None] | None = None,
 ) -> Runner:
     """Prepares ``call`` for timing; runs it some times. Raises whatever ``call`` raises.
 
     Args:
         warm: False leaves ``warm`` to the caller.
         beside: on a GPU, is launched before two of three calls.
+        hold: on a GPU, is called before each round; see ``Beside.hold``, which it is unless it is given.
     """
+    if hold is None and beside is not None:
+        hold = beside.hold
     cuda = device.type == "cuda"
-    prepared = _CudaRunner(call, ring, effort, beside) if cuda else _CpuRunner(call, ring, effort)
+    prepared = _CudaRunner(call, ring, effort, beside, hold) if cuda else _CpuRunner(call, ring, effort)
     if warm:
         prepared.warm(effort.warmup_rounds)
     return prepared

@@ -13,7 +13,6 @@ multiply, and that it is no better for norms.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from dataclasses import replace
 
@@ -23,7 +22,7 @@ from autofuse.cache_db import TIMED
 from autofuse.cache_db.store import Provenance
 from autofuse.targets import KernelSpec, kind_of_arch, target_of, toolchain
 from autofuse.tuner.budgets import Effort
-from autofuse.tuner.measure import Beside, Ring, Runner, runner
+from autofuse.tuner.measure import Beside, Ring, Runner, runner, time_alone
 
 __all__ = ["StandIn", "spec_of", "stand_in", "way_of_timing"]
 
@@ -66,18 +65,13 @@ class StandIn(Beside):
             return
         if self._alone is None:
             ring = Ring.of([()] * _CALLS, self._device)
-            self._alone = runner(self, ring, self._device, self._effort, warm=False)
+            self._alone = runner(self, ring, self._device, self._effort, warm=False, hold=self.hold)
             begin = time.monotonic()
             while time.monotonic() - begin < _WARMING_S:
                 self._alone.warm(1)
         self._alone.warm(self._effort.warmup_rounds)
-        self.us = statistics.median(self._round_us() for _ in range(self._effort.trial_rounds))
+        self.us = time_alone(self._alone, self._effort.trial_rounds).median_us
         self._calibrated = time.monotonic()
-
-    def _round_us(self) -> float:
-        assert self._alone is not None
-        self.hold()
-        return self._alone.round_us()
 
 
 def spec_of(arch: str, blocks: int) -> KernelSpec:
